@@ -1,0 +1,1 @@
+"""Tensor maths: pure functions, tensors in, tensors out."""

@@ -1,0 +1,107 @@
+"""Names of the exchangeable parts, and where each is found.
+
+A config stores these names and never a dotted path, so a downloaded config cannot choose what Python imports.
+"""
+
+import importlib
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+
+class Registry:
+    """Map short names to classes that are imported only when asked for.
+
+    Args:
+        kind: what the entries are, in the singular, as it should read in an error ("encoder").
+        entries: name -> ``"module:Class"``.
+    """
+
+    def __init__(self, kind: str, entries: dict[str, str]):
+        self.kind = kind
+        self._entries: dict[str, str | type] = dict(entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def names(self) -> list[str]:
+        """Return the known names, sorted."""
+        return sorted(self._entries)
+
+    def register(self, name: str, target: str | type) -> None:
+        """Add an entry of your own.
+
+        Args:
+            name: what a config will say; lower snake case, never reused.
+            target: the class, or ``"module:Class"`` to import it only when needed.
+
+        Raises:
+            ValueError: if the name is taken.
+        """
+        if name in self._entries:
+            raise ValueError(
+                f"{self.kind} {name!r} is already registered as {self._entries[name]}; choose another name"
+            )
+        self._entries[name] = target
+
+    def get(self, name: str) -> type:
+        """Return the class behind a name.
+
+        Raises:
+            ValueError: if the name is unknown; the message lists the known names and the nearest one.
+        """
+        if name not in self._entries:
+            nearest = get_close_matches(str(name), self._entries, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+            raise ValueError(f"unknown {self.kind} {name!r}{hint} Known: {', '.join(self.names())}")
+        target = self._entries[name]
+        if isinstance(target, str):
+            module, _, attribute = target.partition(":")
+            target = getattr(importlib.import_module(module), attribute)
+        return target
+
+    def build(self, spec: str | Mapping[str, Any], **context: Any) -> Any:
+        """Build the part that a config describes.
+
+        Args:
+            spec: a name, or a mapping with the key ``name`` and keyword arguments of the class.
+            context: further keyword arguments, known to the caller and not stored in the spec.
+
+        Raises:
+            ValueError: if the name is unknown, or the class does not take one of the settings.
+        """
+        settings = {"name": spec} if isinstance(spec, str) else dict(spec)
+        if "name" not in settings:
+            raise ValueError(f"the {self.kind} {settings} has no 'name'; known: {', '.join(self.names())}")
+        name = settings.pop("name")
+        try:
+            return self.get(name)(**settings, **context)
+        except TypeError as error:
+            raise ValueError(f"{self.kind} {name!r} cannot be built from {settings}: {error}") from error
+
+
+ENCODERS = Registry(
+    "encoder",
+    {
+        "umt": "hico.encoders.umt:UMTEncoder",
+        "clip": "hico.encoders.clip:CLIPEncoder",
+        "siglip": "hico.encoders.siglip:SiglipEncoder",
+    },
+)
+COMPRESSORS = Registry(
+    "compressor",
+    {
+        "token_merge": "hico.compressors.token_merge:TokenMergeCompressor",
+        "pooling": "hico.compressors.pooling:PoolingCompressor",
+        "identity": "hico.compressors.identity:IdentityCompressor",
+    },
+)
+DROP_POLICIES = Registry(
+    "drop policy",
+    {
+        "uniform": "hico.llm_dropout.uniform:UniformPolicy",
+        "attention": "hico.llm_dropout.attention:AttentionPolicy",
+        "random": "hico.llm_dropout.random:RandomPolicy",
+        "none": "hico.llm_dropout.none:NonePolicy",
+    },
+)
