@@ -40,8 +40,9 @@ class GoldenCase:
         return {k.removeprefix("weights."): v for k, v in load_file(path).items() if k.startswith("weights.")}
 
     @cached_property
-    def json(self) -> dict:
-        return json.loads(self.path.read_text())
+    def facts(self) -> dict:
+        """The content of a case kept as JSON; empty for a case of tensors."""
+        return json.loads(self.path.read_text()) if self.path.suffix == ".json" else {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]

@@ -1,0 +1,202 @@
+"""What a model is made of: `HicoConfig` and its presets."""
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+from hico.registry import COMPRESSORS, ENCODERS
+
+QWEN2_VIDEO_TOKEN_ID, QWEN2_IMAGE_TOKEN_ID = 151656, 151655
+
+_QWEN2_7B = {
+    "model_type": "qwen2",
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "tie_word_embeddings": False,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "pad_token_id": 151643,
+}
+_QWEN2_5_1_5B = {
+    **_QWEN2_7B,
+    "vocab_size": 151936,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+_TINY_LLM = {
+    "model_type": "qwen2",
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32768,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": 258,
+    "pad_token_id": 256,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "text_config": _TINY_LLM,
+        "encoder": {
+            "name": "umt",
+            "image_size": 48,
+            "patch_size": 12,
+            "hidden_size": 64,
+            "depth": 3,
+            "num_heads": 2,
+        },
+        "compressor": {"name": "token_merge", "tokens_per_frame": 4, "tokens_per_image": 16},
+        "video_token_id": 260,
+        "image_token_id": 259,
+    },
+    "videochat-flash-2b-448": {"text_config": _QWEN2_5_1_5B, "encoder": {"name": "umt", "image_size": 448}},
+    "videochat-flash-7b-224": {"text_config": _QWEN2_7B, "encoder": {"name": "umt", "image_size": 224}},
+    "videochat-flash-7b-448": {"text_config": _QWEN2_7B, "encoder": {"name": "umt", "image_size": 448}},
+    "longva-7b": {
+        "text_config": {
+            **_QWEN2_7B,
+            "max_position_embeddings": 224000,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e9},
+        },
+        "encoder": {"name": "clip", "image_size": 336},
+        "compressor": {"name": "pooling", "stride": 2},
+        "projector_first": True,
+        "clip_len": 1,
+        "image_layout": "tiles",
+    },
+}
+
+
+class HicoConfig(PreTrainedConfig):
+    """Describe a model: an LLM, and how clips become its visual tokens.
+
+    Args:
+        text_config: the LLM, as any transformers text configuration or its dict; Qwen2-7B if omitted.
+        encoder: name in `hico.registry.ENCODERS`, or a dict of ``name`` and settings.
+        compressor: name in `hico.registry.COMPRESSORS`, or a dict of ``name`` and settings.
+        clip_len: frames T that the encoder sees together.
+        projector_first: project tokens before compressing them, as LongVA does.
+        image_layout: order of the tokens of a tiled image. ``"mosaic"``: thumbnail, then one map across all tiles
+            (VideoChat-Flash). ``"tiles"``: tile after tile, without the thumbnail (LongVA's UniRes).
+        video_token_id: placeholder of a visual token of a video; may lie beyond the vocabulary.
+        image_token_id: placeholder of a visual token of an image.
+        drop_schedule: progressive visual dropout inside the LLM, see `hico.llm_dropout`; none if omitted.
+        drop_options: further arguments of `hico.llm_dropout.patch`.
+
+    Raises:
+        ValueError: if a name is unknown or a setting is out of range.
+    """
+
+    model_type = "hico"
+    sub_configs = {"text_config": AutoConfig}
+
+    text_config: dict | PreTrainedConfig | None = None
+    encoder: dict | str = "umt"
+    compressor: dict | str = "token_merge"
+    clip_len: int = 4
+    projector_first: bool = False
+    image_layout: str = "mosaic"
+    video_token_id: int = QWEN2_VIDEO_TOKEN_ID
+    image_token_id: int = QWEN2_IMAGE_TOKEN_ID
+    drop_schedule: str | list | None = None
+    drop_options: dict | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if not isinstance(self.text_config, PreTrainedConfig):
+            settings = dict(self.text_config or _QWEN2_7B)
+            self.text_config = CONFIG_MAPPING[settings.pop("model_type", "qwen2")](**settings)
+        self.encoder = self._named(self.encoder, ENCODERS)
+        self.compressor = self._named(self.compressor, COMPRESSORS)
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        super().__post_init__(**kwargs)
+        if self.clip_len < 1:
+            raise ValueError(f"clip_len is {self.clip_len}; a clip has at least one frame")
+        if self.image_layout not in ("mosaic", "tiles"):
+            raise ValueError(f"unknown image_layout {self.image_layout!r}; use 'mosaic' or 'tiles'")
+
+    @staticmethod
+    def _named(spec: str | Mapping[str, Any], registry) -> dict[str, Any]:
+        settings = {"name": spec} if isinstance(spec, str) else dict(spec)
+        registry.get(settings.get("name"))
+        return settings
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "HicoConfig":
+        """Return a ready-made configuration.
+
+        Args:
+            name: ``tiny`` (untrained, runs anywhere), ``videochat-flash-2b-448``, ``videochat-flash-7b-224``,
+                ``videochat-flash-7b-448`` or ``longva-7b``.
+            changes: fields to set otherwise.
+
+        Raises:
+            ValueError: if the name is unknown.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; use one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **changes})
+
+    @property
+    def image_size(self) -> int:
+        """Pixels per side of a frame or tile, as the encoder takes it."""
+        return vision_parts(self)[0].image_size
+
+    def num_video_tokens(self, num_frames: int) -> int:
+        """Return how many tokens a video of ``num_frames`` (a multiple of ``clip_len``) takes in the LLM."""
+        if num_frames % self.clip_len:
+            raise ValueError(
+                f"{num_frames} frames do not split into clips of {self.clip_len}; "
+                f"drop {num_frames % self.clip_len} or pad {-num_frames % self.clip_len}"
+            )
+        return num_frames // self.clip_len * self._num_tokens(self.clip_len)
+
+    def num_image_tokens(self, grid: tuple[int, int] = (0, 0)) -> int:
+        """Return how many tokens an image takes in the LLM.
+
+        Args:
+            grid: rows and columns of its tiles; ``(0, 0)`` is one tile alone.
+        """
+        num_tiles = grid[0] * grid[1]
+        if num_tiles and self.image_layout == "mosaic":
+            num_tiles += 1
+        return max(1, num_tiles) * self._num_tokens(1)
+
+    def _num_tokens(self, num_frames: int) -> int:
+        encoder, compressor = vision_parts(self)
+        return compressor.num_output_tokens(encoder.grid(num_frames, encoder.image_size, encoder.image_size))
+
+
+def vision_parts(config: HicoConfig):
+    """Return the encoder and compressor of a configuration without weights, to ask them for facts."""
+    return _vision_parts(*(json.dumps(spec, sort_keys=True) for spec in (config.encoder, config.compressor)))
+
+
+@lru_cache(maxsize=32)
+def _vision_parts(encoder_json: str, compressor_json: str):
+    with torch.device("meta"):
+        encoder = ENCODERS.build(json.loads(encoder_json))
+        return encoder, build_compressor(json.loads(compressor_json), encoder, hidden_size=encoder.hidden_size)
+
+
+def build_compressor(spec: dict[str, Any], encoder, *, hidden_size: int):
+    """Build a compressor for the tokens of an encoder, of ``hidden_size`` channels when they reach it."""
+    return COMPRESSORS.build(spec, hidden_size=hidden_size, num_heads=encoder.num_heads)

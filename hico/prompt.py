@@ -1,0 +1,143 @@
+"""The text around the visual tokens: timestamp sentence, placeholders, and which tokens a model learns from."""
+
+from collections.abc import Sequence
+
+IMAGE_TOKEN = "<|image_pad|>"
+VIDEO_TOKEN = "<|video_pad|>"
+DEFAULT_SYSTEM_MESSAGE = "You are a helpful assistant."
+IGNORE_INDEX = -100
+
+CHAT_TEMPLATE = (
+    "{%- if messages[0].role != 'system' -%}"
+    "{{- '<|im_start|>system\\n" + DEFAULT_SYSTEM_MESSAGE + "<|im_end|>\\n' -}}"
+    "{%- endif -%}"
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message.role + '\\n' -}}"
+    "{%- if message.content is string -%}{{- message.content -}}"
+    "{%- else -%}{%- for part in message.content -%}"
+    "{%- if part.type == 'text' -%}{{- part.text -}}"
+    "{%- elif part.type in ('video', 'image') -%}"
+    "{{- '" + VIDEO_TOKEN + "' if part.type == 'video' else '" + IMAGE_TOKEN + "' -}}"
+    "{%- if not loop.last -%}{{- '\\n' -}}{%- endif -%}"
+    "{%- else -%}{{- raise_exception('unknown content type ' + part.type + '; use text, image or video') -}}"
+    "{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "{{- '<|im_end|>\\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+"""ChatML as Qwen2 speaks it; a newline follows a video or image, as in the data that the published models saw."""
+
+
+def time_message(style: str | None, *, duration: float, seconds: Sequence[float]) -> str:
+    """Say in words how long a video lasts and how it was sampled.
+
+    Args:
+        style: ``"short"`` names the number of frames, ``"long"`` lists their times, ``None`` says nothing.
+        duration: of the video in seconds.
+        seconds: time of every sampled frame.
+
+    Returns:
+        The sentence with a leading newline and a trailing space, or ``""``.
+
+    Raises:
+        ValueError: if the style is unknown.
+
+    Source: Li et al., "VideoChat-Flash", arXiv:2501.00574, timestamp-aware prompt.
+    """
+    if style is None:
+        return ""
+    start = f"\nThe video lasts for {duration:.2f} seconds, and {len(seconds)} frames are uniformly sampled "
+    if style == "short":
+        return start + "from it. "
+    if style == "long":
+        return start + f"at {', '.join(str(round(float(second), 1)) for second in seconds)} seconds. "
+    raise ValueError(f"unknown time message {style!r}; use 'short', 'long' or None")
+
+
+def insert_time_message(message: str) -> str:
+    """Return what stands between a placeholder and the rest of its turn."""
+    return message.rstrip() + " " if message else ""
+
+
+def llava_turn(value: str, *, message: str = "", placeholder: str = "<image>") -> str:
+    """Arrange a LLaVA user turn as the published training does.
+
+    A single placeholder moves to the front, on a line of its own; every placeholder is followed by the message.
+
+    Args:
+        value: the turn's text.
+        message: from `time_message`, or ``""``.
+        placeholder: what stands for the video or image.
+    """
+    if value.count(placeholder) == 1 and not value.startswith(placeholder):
+        value = placeholder + "\n" + value.replace(placeholder, "").strip()
+    return value.replace(placeholder, placeholder + insert_time_message(message))
+
+
+def expand_placeholders(text: str, placeholder: str, replacements: Sequence[str]) -> str:
+    """Replace the placeholders of a prompt, in order.
+
+    Raises:
+        ValueError: if there are not as many placeholders as replacements.
+    """
+    pieces = text.split(placeholder)
+    if len(pieces) - 1 != len(replacements):
+        raise ValueError(
+            f"the prompt has {len(pieces) - 1} {placeholder} but {len(replacements)} were given; "
+            "put one placeholder where each video or image belongs"
+        )
+    return pieces[0] + "".join(new + piece for new, piece in zip(replacements, pieces[1:], strict=True))
+
+
+def label_mask(
+    input_ids: Sequence[int],
+    *,
+    start_id: int,
+    end_id: int,
+    newline_id: int,
+    assistant_ids: Sequence[int],
+    scheme: str = "assistant",
+) -> list[bool]:
+    """Say which tokens of a ChatML conversation carry labels.
+
+    Args:
+        input_ids: one conversation.
+        start_id: of ``<|im_start|>``.
+        end_id: of ``<|im_end|>``.
+        newline_id: of a single newline.
+        assistant_ids: how the tokenizer writes ``assistant``.
+        scheme: ``"assistant"`` labels content and end token of assistant turns. ``"published"`` is VideoChat-Flash:
+            assistant turns with their header, and every newline, start and end token of all turns.
+            ``"longva"``: start token, end token and closing newline of all turns, and assistant content.
+
+    Returns:
+        One flag per token.
+
+    Raises:
+        ValueError: if the scheme is unknown.
+
+    Source: behaviour of the published trainers (arXiv:2501.00574, arXiv:2406.16852).
+    """
+    if scheme not in ("assistant", "published", "longva"):
+        raise ValueError(f"unknown label scheme {scheme!r}; use 'assistant', 'published' or 'longva'")
+    ids, assistant = list(input_ids), list(assistant_ids)
+    labelled = [False] * len(ids)
+    answering = in_header = False
+    for i, token in enumerate(ids):
+        if token == start_id:
+            in_header = True
+            answering = ids[i + 1 : i + len(assistant) + 2] == [*assistant, newline_id]
+        is_mark = token in (start_id, end_id)
+        content = answering and not in_header
+        if scheme == "assistant":
+            labelled[i] = content
+        elif scheme == "published":
+            labelled[i] = is_mark or token == newline_id or answering
+        else:
+            closing_newline = token == newline_id and i > 0 and ids[i - 1] == end_id
+            labelled[i] = is_mark or closing_newline or content
+        if in_header and token == newline_id:
+            in_header = False
+        if token == end_id:
+            answering = False
+    return labelled
