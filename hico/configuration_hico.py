@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -156,12 +157,40 @@ class HicoConfig(PreTrainedConfig):
         return cls(**{**PRESETS[name], **changes})
 
     @property
+    def vision(self) -> "VisionSpec":
+        """The part that decides how many tokens a video or image takes."""
+        return VisionSpec(self.encoder, self.compressor, clip_len=self.clip_len, image_layout=self.image_layout)
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """How pixels become tokens: what a processor must know of a model.
+
+    It owns no number: it asks the encoder and the compressor, which it builds without weights.
+
+    Args:
+        encoder: ``name`` and settings.
+        compressor: ``name`` and settings.
+        clip_len: frames per clip.
+        image_layout: as in `HicoConfig`.
+    """
+
+    encoder: dict[str, Any]
+    compressor: dict[str, Any]
+    clip_len: int = 4
+    image_layout: str = "mosaic"
+
+    @property
     def image_size(self) -> int:
-        """Pixels per side of a frame or tile, as the encoder takes it."""
-        return vision_parts(self)[0].image_size
+        """Pixels per side of a frame or tile."""
+        return self._parts[0].image_size
 
     def num_video_tokens(self, num_frames: int) -> int:
-        """Return how many tokens a video of ``num_frames`` (a multiple of ``clip_len``) takes in the LLM."""
+        """Return how many tokens a video takes in the LLM.
+
+        Raises:
+            ValueError: if ``num_frames`` is no multiple of ``clip_len``.
+        """
         if num_frames % self.clip_len:
             raise ValueError(
                 f"{num_frames} frames do not split into clips of {self.clip_len}; "
@@ -181,17 +210,16 @@ class HicoConfig(PreTrainedConfig):
         return max(1, num_tiles) * self._num_tokens(1)
 
     def _num_tokens(self, num_frames: int) -> int:
-        encoder, compressor = vision_parts(self)
+        encoder, compressor = self._parts
         return compressor.num_output_tokens(encoder.grid(num_frames, encoder.image_size, encoder.image_size))
 
-
-def vision_parts(config: HicoConfig):
-    """Return the encoder and compressor of a configuration without weights, to ask them for facts."""
-    return _vision_parts(*(json.dumps(spec, sort_keys=True) for spec in (config.encoder, config.compressor)))
+    @property
+    def _parts(self):
+        return _parts_without_weights(*(json.dumps(spec, sort_keys=True) for spec in (self.encoder, self.compressor)))
 
 
 @lru_cache(maxsize=32)
-def _vision_parts(encoder_json: str, compressor_json: str):
+def _parts_without_weights(encoder_json: str, compressor_json: str):
     with torch.device("meta"):
         encoder = ENCODERS.build(json.loads(encoder_json))
         return encoder, build_compressor(json.loads(compressor_json), encoder, hidden_size=encoder.hidden_size)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def anyres_grids(max_side: int = 6) -> list[tuple[int, int]]:
-    """List the ``(columns, rows)`` grids of VideoChat-Flash: every shape up to ``max_side`` squared, columns outermost.
+    """List the ``(columns, rows)`` grids of VideoChat-Flash: every shape, columns outermost.
 
     Source: Li et al., "VideoChat-Flash", arXiv:2501.00574, ``anyres_nopad``.
     """

@@ -1,0 +1,56 @@
+# Each target does its own set-up. PYTHON=python3.12 picks another interpreter, VIDEO=clip.mp4 your own video.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+QUESTION ?= What happens?
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: help setup demo test test-slow test-compat lint bench clean
+
+help:
+	@echo "make demo        answer a question about a video with a tiny model (VIDEO=clip.mp4 QUESTION='...')"
+	@echo "make test        the test suite, some minutes on two cores"
+	@echo "make test-slow   the slow tests"
+	@echo "make test-compat the test suite on the oldest transformers that is supported"
+	@echo "make lint        ruff"
+	@echo "make bench       the benchmarks behind docs/benchmarks.md"
+
+# The stamp names what the environment was made from, so that it is made again when that changes.
+STAMP := $(VENV)/.installed
+setup: $(STAMP)
+$(STAMP): setup.py constraints-cpu.txt
+	@echo "== setting up $(VENV) (about a minute and 1.4 GB the first time)"
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "hico needs Python 3.10 or newer, this is " + sys.version'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ echo "cannot make a virtual environment; on Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -e '.[dev]'
+	@touch $@
+
+demo: setup
+	@echo "== hico demo: from a video file to an answer"
+	@$(BIN)/hico demo $(if $(VIDEO),"$(VIDEO)") --question "$(QUESTION)"
+
+test: setup
+	@echo "== running the tests"
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup
+	@echo "== running the slow tests"
+	@$(BIN)/python -m pytest -m slow
+
+COMPAT := .venv-compat
+test-compat:
+	@echo "== running the tests on transformers 5.17"
+	@test -x $(COMPAT)/bin/python || $(PYTHON) -m venv $(COMPAT)
+	@sed -e 's/^transformers==.*/transformers==5.17.0/' -e '/^huggingface.hub==/d' constraints-cpu.txt > $(COMPAT)/constraints.txt
+	@$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check -c $(COMPAT)/constraints.txt -e '.[dev]'
+	@$(COMPAT)/bin/python -m pytest -m "not slow"
+
+lint: setup
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+bench: setup
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) $(COMPAT) build dist *.egg-info

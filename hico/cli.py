@@ -1,0 +1,129 @@
+"""The ``hico`` command."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import hico
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status. Bad input is one line on standard error, never a traceback."""
+    parser = argparse.ArgumentParser(prog="hico", description="Hierarchical compression of long video.")
+    parser.add_argument("--version", action="version", version=f"hico {hico.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for add in (_add_chat, _add_demo):
+        add(commands)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except (ValueError, OSError) as error:
+        print(f"hico {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _add_chat(commands) -> None:
+    parser = commands.add_parser("chat", help="ask about a video", description="Ask about a video.")
+    parser.add_argument("video", help="a video file, a gif, or a folder of images")
+    parser.add_argument("question", nargs="?", help="without one, questions are read from the terminal")
+    _add_model_arguments(parser)
+    _add_video_arguments(parser)
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer at most (%(default)s)")
+    parser.add_argument("--no-progress", action="store_true", help="no bar while the video is encoded")
+    parser.set_defaults(run=_chat)
+
+
+def _add_demo(commands) -> None:
+    parser = commands.add_parser("demo", help="show every step from a file to an answer, with a tiny model")
+    parser.add_argument("video", nargs="?", help="a video file; a small one is made if omitted")
+    parser.add_argument("--question", default="What happens?")
+    _add_video_arguments(parser)
+    parser.set_defaults(run=_demo)
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default="tiny", help="a saved model, or 'tiny': untrained, to try things out (%(default)s)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; the best there is if omitted")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="float32 on CPU, else bfloat16")
+
+
+def _add_video_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--frames", type=int, help="how many frames to look at")
+    parser.add_argument("--fps", type=float, help="frames per second to look at, instead of a number")
+    parser.add_argument("--start", type=float, help="seconds; where to begin")
+    parser.add_argument("--end", type=float, help="seconds; where to stop")
+
+
+def video_settings(args: argparse.Namespace) -> dict:
+    """Translate the options of `_add_video_arguments` to settings of `hico.video_io.read_video`."""
+    if args.frames is not None and args.fps is not None:
+        raise ValueError("--frames and --fps exclude each other; give one of them")
+    settings = {"start": args.start, "end": args.end}
+    if args.frames is not None:
+        settings |= {"mode": "middle", "num_frames": args.frames}
+    if args.fps is not None:
+        settings |= {"mode": f"fps{args.fps:g}"}
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def load(model: str, *, device: str | None = None, dtype: str | None = None):
+    """Load a model and its processor.
+
+    Args:
+        model: a directory, or ``tiny`` for the untrained preset.
+        device: as torch names it; the best there is if omitted.
+        dtype: as torch names it; float32 on CPU and bfloat16 elsewhere if omitted.
+    """
+    import torch
+
+    from hico.tokenizer import byte_tokenizer
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    dtype = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
+    if model == "tiny":
+        config = hico.HicoConfig.preset("tiny")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = hico.HicoForConditionalGeneration(config)
+        processor = hico.HicoProcessor.from_config(config, byte_tokenizer(), video={"max_frames": 64})
+    else:
+        network = hico.HicoForConditionalGeneration.from_pretrained(model, dtype=dtype)
+        processor = hico.HicoProcessor.from_pretrained(model)
+    return network.to(device, dtype).eval(), processor
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from transformers import TextStreamer
+
+    model, processor = load(args.model, device=args.device, dtype=args.dtype)
+    session = hico.Session(model, processor, args.video, progress=not args.no_progress, **video_settings(args))
+    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if args.question is not None:
+        session.ask(args.question, max_new_tokens=args.max_new_tokens, streamer=streamer)
+        return
+    print("Ask about the video; an empty line ends.")
+    while question := _read_line("> "):
+        session.ask(question, max_new_tokens=args.max_new_tokens, streamer=streamer)
+
+
+def _read_line(prompt: str) -> str:
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        return ""
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from hico.demo import run
+
+    model, processor = load("tiny", device="cpu")
+    run(model, processor, args.video, args.question, **video_settings(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,349 @@
+"""`HicoModel` and `HicoForConditionalGeneration`: a stock Hugging Face LLM that sees videos and images."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from hico.configuration_hico import HicoConfig, build_compressor
+from hico.grids import mosaic_order
+from hico.preprocessing import normalize_pixels
+from hico.projector import MLPProjector
+from hico.prompt import IGNORE_INDEX
+from hico.registry import ENCODERS
+
+CLIPS_PER_CHUNK = 16
+"""Clips that go through the encoder at once; bounds its memory whatever the length of a video."""
+
+
+class HicoPreTrainedModel(PreTrainedModel):
+    """What both models share with transformers."""
+
+    config_class = HicoConfig
+    base_model_prefix = "model"
+    input_modalities = ("video", "image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+
+class HicoModel(HicoPreTrainedModel):
+    """Encoder, compressor, projector and LLM, without the LM head."""
+
+    def __init__(self, config: HicoConfig):
+        super().__init__(config)
+        self.encoder = ENCODERS.build(config.encoder)
+        width, llm_width = self.encoder.hidden_size, config.text_config.hidden_size
+        self.compressor = build_compressor(
+            config.compressor, self.encoder, hidden_size=llm_width if config.projector_first else width
+        )
+        self.projector = MLPProjector(width, llm_width)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def encode(self, clips: Tensor | Iterable[Tensor], *, clips_per_chunk: int = CLIPS_PER_CHUNK) -> Tensor:
+        """Turn clips into visual tokens, a chunk of clips at a time.
+
+        Args:
+            clips: ``(N, T, 3, H, W)`` pixels, uint8 or already normalised; or an iterable of such tensors, which is
+                read as it is needed, so that a video of any length takes the memory of one chunk.
+            clips_per_chunk: clips encoded at once.
+
+        Returns:
+            ``(N, K, E)``.
+        """
+        chunks = (part for some in _as_iterable(clips) for part in some.split(clips_per_chunk))
+        tokens = [self._encode_chunk(chunk) for chunk in chunks]
+        if not tokens:
+            raise ValueError("there are no clips to encode; a video has at least one frame")
+        return torch.cat(tokens)
+
+    def _encode_chunk(self, clips_NTCHW: Tensor) -> Tensor:
+        weight = self.projector.mlp[0].weight
+        clips_NTCHW = clips_NTCHW.to(weight.device, non_blocking=True)
+        if clips_NTCHW.dtype == torch.uint8:
+            clips_NTCHW = normalize_pixels(clips_NTCHW, mean=self.encoder.image_mean, std=self.encoder.image_std)
+        tokens_NLD = self.encoder(clips_NTCHW.to(weight.dtype))
+        grid = self.encoder.grid(clips_NTCHW.shape[1], *clips_NTCHW.shape[-2:])
+        if self.config.projector_first:
+            return self.compressor(self.projector(tokens_NLD), grid)
+        return self.projector(self.compressor(tokens_NLD, grid))
+
+    def get_video_features(self, pixel_values_videos: Tensor, video_num_clips: Tensor | None = None) -> list[Tensor]:
+        """Encode videos.
+
+        Args:
+            pixel_values_videos: ``(N, T, 3, H, W)``, the clips of all videos, one video after the other.
+            video_num_clips: ``(V,)`` clips of each video; one video if omitted.
+
+        Returns:
+            V tensors ``(tokens, E)``.
+        """
+        tokens_NKE = self.encode(pixel_values_videos)
+        counts = [len(tokens_NKE)] if video_num_clips is None else video_num_clips.tolist()
+        if sum(counts) != len(tokens_NKE):
+            raise ValueError(
+                f"video_num_clips {counts} adds up to {sum(counts)}, but there are {len(tokens_NKE)} clips"
+            )
+        return [tokens.flatten(0, 1) for tokens in tokens_NKE.split(counts)]
+
+    def get_image_features(self, pixel_values: Tensor, image_grids: Tensor | None = None) -> list[Tensor]:
+        """Encode images.
+
+        Args:
+            pixel_values: ``(M, 3, H, W)``, the tiles of all images, one image after the other; a tiled image starts
+                with its thumbnail.
+            image_grids: ``(I, 2)`` rows and columns of each image; ``(0, 0)``, or omitted, is an image of one tile.
+
+        Returns:
+            I tensors ``(tokens, E)``.
+        """
+        tokens_MKE = self.encode(pixel_values[:, None])
+        grids = [(0, 0)] * len(tokens_MKE) if image_grids is None else [tuple(grid) for grid in image_grids.tolist()]
+        counts = [1 + rows * columns for rows, columns in grids]
+        if sum(counts) != len(tokens_MKE):
+            raise ValueError(f"images of {grids} (rows, columns) have {sum(counts)} tiles, not {len(tokens_MKE)}")
+        return [self._arrange(tokens, grid) for tokens, grid in zip(tokens_MKE.split(counts), grids, strict=True)]
+
+    def _arrange(self, tokens_MKE: Tensor, grid: tuple[int, int]) -> Tensor:
+        thumbnail, tiles_MKE = tokens_MKE[0], tokens_MKE[1:]
+        if not len(tiles_MKE):
+            return thumbnail
+        if self.config.image_layout == "tiles":
+            return tiles_MKE.flatten(0, 1)
+        return torch.cat([thumbnail, mosaic_order(tiles_MKE, rows=grid[0], columns=grid[1])])
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        *,
+        pixel_values: Tensor | None = None,
+        image_grids: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_num_clips: Tensor | None = None,
+        visual_embeds: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Embed a prompt, with visual tokens in the place of their placeholders.
+
+        Args:
+            input_ids: ``(B, S)``.
+            visual_embeds: tokens encoded before, instead of pixels: one ``(tokens, E)`` per video or image in the
+                order of their placeholders, row by row.
+
+        Returns:
+            ``inputs_embeds`` ``(B, S, E)``, and ``visual_mask`` ``(B, S)``: 0 for text, k for the k-th video or image
+            of its row.
+
+        Raises:
+            ValueError: if placeholders and visual tokens do not match in number.
+        """
+        is_video, is_image = (input_ids == token for token in (self.config.video_token_id, self.config.image_token_id))
+        is_visual = is_video | is_image
+        # A placeholder may lie beyond the vocabulary.
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_visual, 0))
+        if visual_embeds is not None:
+            if pixel_values is not None or pixel_values_videos is not None:
+                raise ValueError("got both pixels and visual_embeds; give one of them")
+            filled = [("video or image", is_visual, visual_embeds)]
+        else:
+            images = [] if pixel_values is None else self.get_image_features(pixel_values, image_grids)
+            videos = (
+                [] if pixel_values_videos is None else self.get_video_features(pixel_values_videos, video_num_clips)
+            )
+            filled = [("image", is_image, images), ("video", is_video, videos)]
+        item = torch.zeros_like(input_ids)
+        for kind, mask, items in filled:
+            num_tokens = [len(tokens) for tokens in items]
+            if int(mask.sum()) != sum(num_tokens):
+                raise ValueError(
+                    f"the prompt has {int(mask.sum())} {kind} placeholders, but the {len(num_tokens)} {kind}(s) given "
+                    f"make {sum(num_tokens)} tokens; let HicoProcessor of the same model write the prompt"
+                )
+            if items:
+                embeds = embeds.masked_scatter(mask[..., None], torch.cat(list(items)).to(embeds))
+                numbers = torch.arange(len(items), device=item.device) + int(item.max()) + 1
+                item[mask] = numbers.repeat_interleave(torch.tensor(num_tokens, device=item.device)).to(item.dtype)
+        return embeds, _count_within_rows(item)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grids: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_num_clips: Tensor | None = None,
+        visual_embeds: Sequence[Tensor] | None = None,
+        visual_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Run the LLM on a prompt with videos and images; see `embed` for their arguments.
+
+        Args:
+            input_ids: ``(B, S)``; or give ``inputs_embeds`` and ``visual_mask``, as `embed` returns them.
+            attention_mask: ``(B, S)``, 0 where padded, on either side.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds, visual_mask = self.embed(
+                input_ids,
+                pixel_values=pixel_values,
+                image_grids=image_grids,
+                pixel_values_videos=pixel_values_videos,
+                video_num_clips=video_num_clips,
+                visual_embeds=visual_embeds,
+            )
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+
+class HicoForConditionalGeneration(HicoPreTrainedModel, GenerationMixin):
+    """The model that answers: `HicoModel` with an LM head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: HicoConfig):
+        super().__init__(config)
+        self.model = HicoModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grids: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_num_clips: Tensor | None = None,
+        visual_embeds: Sequence[Tensor] | None = None,
+        visual_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Predict the next tokens, and the loss if there are labels; see `HicoModel.forward`.
+
+        Args:
+            labels: ``(B, S)`` token ids, -100 where nothing is to be learned.
+            logits_to_keep: how many of the last positions get logits, or which; 0 is all. If omitted, all, except in
+                training with labels: there the LM head runs on the labelled positions only, and none are returned.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            image_grids=image_grids,
+            pixel_values_videos=pixel_values_videos,
+            video_num_clips=video_num_clips,
+            visual_embeds=visual_embeds,
+            visual_mask=visual_mask,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_BSE = outputs.last_hidden_state
+        logits = loss = None
+        if labels is None or logits_to_keep is not None or not self.training:
+            keep = logits_to_keep or 0
+            logits = self.lm_head(hidden_BSE[:, slice(-keep, None) if isinstance(keep, int) else keep])
+        if labels is not None:
+            loss = self._loss(hidden_BSE, labels, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _loss(self, hidden_BSE: Tensor, labels: Tensor, **kwargs) -> Tensor:
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        learned = targets != IGNORE_INDEX
+        return self.loss_function(
+            logits=self.lm_head(hidden_BSE[learned]),
+            labels=None,
+            shift_labels=targets[learned],
+            vocab_size=self.config.text_config.vocab_size,
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, **kwargs):
+        """Generate as `transformers.GenerationMixin.generate` does; videos and images are encoded once, before.
+
+        Args:
+            inputs: ``(B, S)`` prompt, or ``input_ids`` by name.
+            kwargs: what `HicoModel.embed` and ``GenerationMixin.generate`` take.
+        """
+        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        visuals = {name: kwargs.pop(name, None) for name in VISUAL_INPUTS}
+        if any(value is not None for value in visuals.values()):
+            embeds, visual_mask = self.model.embed(input_ids.to(self.device), **visuals)
+            kwargs.update(inputs_embeds=embeds, visual_mask=visual_mask)
+        return super().generate(input_ids, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids, inputs_embeds=None, visual_mask=None, is_first_iteration=False, **kwargs
+    ):
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if is_first_iteration:
+            model_inputs["visual_mask"] = visual_mask
+        return model_inputs
+
+
+VISUAL_INPUTS = ("pixel_values", "image_grids", "pixel_values_videos", "video_num_clips", "visual_embeds")
+"""Arguments of `HicoModel.embed` beside the prompt."""
+
+
+def _as_iterable(clips: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+    return iter([clips] if isinstance(clips, Tensor) else clips)
+
+
+def _count_within_rows(item_BS: Tensor) -> Tensor:
+    """Renumber the items of every row 1, 2, ... in the order in which they come; 0 stays 0."""
+    before_BS = nn.functional.pad(item_BS[:, :-1], (1, 0))
+    starts_BS = (item_BS != 0) & (item_BS != before_BS)
+    return starts_BS.cumsum(dim=1) * (item_BS != 0)

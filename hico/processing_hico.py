@@ -1,0 +1,261 @@
+"""`HicoProcessor`: chat messages with videos and images in, model inputs out."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import BatchFeature, ProcessorMixin
+
+from hico.configuration_hico import HicoConfig, VisionSpec
+from hico.grids import anyres_grids, unires_grids
+from hico.preprocessing import cut_tiles, resize_frames
+from hico.prompt import (
+    CHAT_TEMPLATE,
+    IMAGE_TOKEN,
+    VIDEO_TOKEN,
+    expand_placeholders,
+    insert_time_message,
+    time_message,
+)
+from hico.video_io import Video, VideoStream, read_video
+
+IMAGE_GRIDS = {
+    "single": lambda: [],
+    "anyres_nopad": anyres_grids,
+    "unires": unires_grids,
+}
+"""Tilings of an image by name: the whole image alone, VideoChat-Flash's grids, LongVA's."""
+
+
+class HicoProcessor(ProcessorMixin):
+    """Turn text, videos and images into what `HicoForConditionalGeneration` takes.
+
+    Pixels are returned as bytes; the model normalises them on its own device.
+
+    Args:
+        tokenizer: with the tokens ``<|video_pad|>`` and ``<|image_pad|>``.
+        vision: a `VisionSpec` or its fields; taken from the model's configuration by `from_config`.
+        video: settings for `hico.video_io.read_video`, for videos whose message sets nothing else.
+        time_message: ``"short"``, ``"long"`` or ``None``, see `hico.prompt.time_message`.
+        image_tiling: ``"single"``, ``"anyres_nopad"`` or ``"unires"``.
+        chat_template: Jinja template; ChatML if neither it nor the tokenizer has one.
+
+    Raises:
+        ValueError: if the tokenizer lacks a placeholder or a setting is unknown.
+    """
+
+    def __init__(
+        self,
+        tokenizer=None,
+        vision: VisionSpec | Mapping[str, Any] | None = None,
+        video: Mapping[str, Any] | None = None,
+        time_message: str | None = "short",
+        image_tiling: str = "anyres_nopad",
+        chat_template: str | None = None,
+    ):
+        super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template or CHAT_TEMPLATE)
+        if image_tiling not in IMAGE_GRIDS:
+            raise ValueError(f"unknown image_tiling {image_tiling!r}; use one of {', '.join(IMAGE_GRIDS)}")
+        known = tokenizer.get_vocab()
+        missing = [token for token in (VIDEO_TOKEN, IMAGE_TOKEN) if token not in known]
+        if missing:
+            raise ValueError(
+                f"the tokenizer has no {' and no '.join(missing)}; add them with "
+                "tokenizer.add_special_tokens and put their ids into the config"
+            )
+        self.vision = vision if isinstance(vision, VisionSpec) else VisionSpec(**vision)
+        self.video = dict(video or {})
+        self.time_message = time_message
+        self.image_tiling = image_tiling
+
+    @classmethod
+    def from_config(cls, config: HicoConfig, tokenizer, **settings: Any) -> "HicoProcessor":
+        """Make the processor that goes with a model's configuration."""
+        if config.image_layout == "tiles":
+            settings.setdefault("image_tiling", "unires")
+        return cls(tokenizer, vision=config.vision, **settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = super().to_dict()
+        fields["vision"] = vars(self.vision)
+        return fields
+
+    @property
+    def model_input_names(self) -> list[str]:
+        visual = ["pixel_values", "image_grids", "pixel_values_videos", "video_num_clips"]
+        return [*self.tokenizer.model_input_names, *visual]
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        images: Any = None,
+        videos: Any = None,
+        *,
+        padding: bool | str = True,
+        return_tensors: str | None = "pt",
+        video_kwargs: Mapping[str, Any] | None = None,
+        **tokenizer_kwargs: Any,
+    ) -> BatchFeature:
+        """Prepare a batch.
+
+        Args:
+            text: prompts, with one placeholder per video or image.
+            images: in the order of their placeholders, nested or flat: paths, PIL images or uint8 pixels.
+            videos: likewise: whatever `read_video` opens, a `Video`, uint8 frames ``(F, 3, H, W)``, or a
+                `VideoStream`, for which no pixels are returned (give the model its ``visual_embeds``).
+            padding: as tokenizers take it.
+            return_tensors: ``"pt"``.
+            video_kwargs: sampling settings for this call, see `hico.video_io.read_video`.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` ``(B, S)``; with videos ``pixel_values_videos`` ``(N, T, 3, H, W)``
+            uint8 and ``video_num_clips`` ``(V,)``; with images ``pixel_values`` ``(M, 3, H, W)`` uint8 and
+            ``image_grids`` ``(I, 2)``.
+
+        Raises:
+            ValueError: if placeholders and media do not match in number.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        images, videos = _flat(images, leaf=_is_image), _flat(videos, leaf=_is_video)
+        videos = [self._open(video, video_kwargs or {}) for video in videos]
+        tiles, grids = self._tile(images)
+        texts = _expand_all(texts, VIDEO_TOKEN, [self._video_text(video) for video in videos])
+        texts = _expand_all(texts, IMAGE_TOKEN, [IMAGE_TOKEN * self.vision.num_image_tokens(grid) for grid in grids])
+        data = dict(self.tokenizer(texts, padding=padding, **tokenizer_kwargs))
+        data.pop("token_type_ids", None)
+        if images:
+            data |= {"pixel_values": torch.cat(tiles), "image_grids": torch.tensor(grids)}
+        decoded = [video for video in videos if isinstance(video, Video)]
+        if decoded:
+            clips = [self._clips(video.frames) for video in decoded]
+            data["pixel_values_videos"] = torch.cat(clips)
+            data["video_num_clips"] = torch.tensor([len(some) for some in clips])
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Any],
+        chat_template: str | None = None,
+        *,
+        tokenize: bool = False,
+        add_generation_prompt: bool = False,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> str | list[str] | BatchFeature:
+        """Write conversations as prompts and, if asked, open their videos and images and prepare them.
+
+        Args:
+            conversation: messages ``{"role", "content"}``, or a list of such lists. Content is text or a list of
+                ``{"type": "text", "text"}``, ``{"type": "image", "path"}`` and ``{"type": "video", "path"}``; the
+                latter takes settings of `read_video` too, such as ``num_frames``, ``start`` and ``end``.
+            chat_template: instead of the processor's own.
+            tokenize: return model inputs, not text.
+            add_generation_prompt: end with the opening of the assistant's turn.
+            return_dict: with ``tokenize``, return all inputs; otherwise ``input_ids`` alone.
+            kwargs: for `__call__`.
+        """
+        is_batch = not isinstance(conversation[0], Mapping)
+        conversations = conversation if is_batch else [conversation]
+        texts = [
+            self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=chat_template or self.chat_template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+            for messages in conversations
+        ]
+        if not tokenize:
+            return texts if is_batch else texts[0]
+        parts = [part for messages in conversations for part in _media_parts(messages)]
+        video_kwargs = kwargs.pop("video_kwargs", None) or {}
+        videos = [self._open_part(part, video_kwargs) for part in parts if part["type"] == "video"]
+        images = [_source(part, "image") for part in parts if part["type"] == "image"]
+        inputs = self(texts, images=images, videos=videos, **kwargs)
+        return inputs if return_dict else inputs["input_ids"]
+
+    def _open_part(self, part: Mapping[str, Any], video_kwargs: Mapping[str, Any]) -> Video | VideoStream:
+        own = {key: value for key, value in part.items() if key not in ("type", "path", "video", "url")}
+        return self._open(_source(part, "video"), {**video_kwargs, **own})
+
+    def _open(self, video: Any, video_kwargs: Mapping[str, Any]) -> Video | VideoStream:
+        if isinstance(video, (Video, VideoStream)):
+            return video
+        if isinstance(video, Tensor):
+            # Frames without a clock: they are taken to be one second apart, as in a folder of images.
+            return Video(
+                frames=video, seconds=torch.arange(len(video), dtype=torch.float64), duration=float(len(video))
+            )
+        settings = {**self.video, **video_kwargs}
+        return read_video(video, size=self.vision.image_size, clip_len=self.vision.clip_len, **settings)
+
+    def _video_text(self, video: Video | VideoStream) -> str:
+        num_frames = len(video.seconds)
+        padded = num_frames + -num_frames % self.vision.clip_len
+        message = time_message(self.time_message, duration=video.duration, seconds=video.seconds)
+        return VIDEO_TOKEN * self.vision.num_video_tokens(padded) + insert_time_message(message)
+
+    def _clips(self, frames_FCHW: Tensor) -> Tensor:
+        frames_FCHW = resize_frames(frames_FCHW, self.vision.image_size)
+        return split_clips(frames_FCHW, self.vision.clip_len)
+
+    def _tile(self, images: Sequence[Any]) -> tuple[list[Tensor], list[tuple[int, int]]]:
+        candidates = IMAGE_GRIDS[self.image_tiling]()
+        fit = "pad" if self.image_tiling == "unires" else "stretch"
+        cut = [cut_tiles(_open_image(image), self.vision.image_size, grids=candidates, fit=fit) for image in images]
+        return [tiles for tiles, _ in cut], [grid for _, grid in cut]
+
+
+def split_clips(frames_FCHW: Tensor, clip_len: int) -> Tensor:
+    """Split frames into clips ``(N, T, 3, H, W)``, repeating the last frame to fill the last clip."""
+    missing = -len(frames_FCHW) % clip_len
+    if missing:
+        frames_FCHW = torch.cat([frames_FCHW, frames_FCHW[-1:].expand(missing, -1, -1, -1)])
+    return frames_FCHW.unflatten(0, (-1, clip_len))
+
+
+def _expand_all(texts: list[str], placeholder: str, replacements: list[str]) -> list[str]:
+    """Expand the placeholders of several prompts from one list."""
+    border = "\0"
+    return expand_placeholders(border.join(texts), placeholder, replacements).split(border)
+
+
+def _media_parts(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
+    return [part for content in contents for part in content if part["type"] != "text"]
+
+
+def _source(part: Mapping[str, Any], kind: str) -> Any:
+    for key in ("path", kind, "url"):
+        if key in part:
+            return part[key]
+    raise ValueError(f"the {kind} part {dict(part)} names no file; give it a 'path'")
+
+
+def _open_image(image: Any) -> Any:
+    if not isinstance(image, (str, Path)):
+        return image
+    try:
+        return Image.open(image)
+    except FileNotFoundError as error:
+        raise ValueError(f"{image}: no such image file; check the path") from error
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(f"{image}: not an image that Pillow can read; convert it to png or jpeg") from error
+
+
+def _is_image(value: Any) -> bool:
+    return not isinstance(value, (list, tuple))
+
+
+def _is_video(value: Any) -> bool:
+    """A list of PIL images is one video; a list of anything else is several."""
+    return not isinstance(value, (list, tuple)) or (len(value) > 0 and isinstance(value[0], Image.Image))
+
+
+def _flat(values: Any, *, leaf) -> list[Any]:
+    if values is None:
+        return []
+    return [values] if leaf(values) else [item for value in values for item in _flat(value, leaf=leaf)]
