@@ -1,5 +1,6 @@
 """What every compressor offers."""
 
+import math
 from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
@@ -10,6 +11,19 @@ class Compressor(nn.Module, ABC):
 
     The constructor takes ``hidden_size`` (D) and ``num_heads`` of the encoder as keywords, beside settings of its own.
     """
+
+    @staticmethod
+    def check_grid(tokens_NLD: Tensor, grid: tuple[int, int, int]) -> None:
+        """Check that the tokens fill the grid.
+
+        Raises:
+            ValueError: if they do not.
+        """
+        if tokens_NLD.shape[1] != math.prod(grid):
+            raise ValueError(
+                f"{tokens_NLD.shape[1]} tokens per clip do not fill a grid of {' x '.join(map(str, grid))} "
+                f"(time x rows x columns, {math.prod(grid)} tokens); pass the encoder's grid for these clips"
+            )
 
     @abstractmethod
     def num_output_tokens(self, grid: tuple[int, int, int]) -> int:

@@ -1,8 +1,11 @@
 """What every vision encoder offers."""
 
 from abc import ABC, abstractmethod
+from functools import partial
 
+from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Grid = tuple[int, int, int]
 """Tokens of one clip along time, rows and columns; ``L`` is their product."""
@@ -24,7 +27,37 @@ class VisionEncoder(nn.Module, ABC):
     """Channel means of pixels in [0, 1]."""
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Channel deviations of pixels in [0, 1]."""
-    gradient_checkpointing: bool = False
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether training recomputes blocks in the backward pass instead of keeping their activations.
+
+        Setting it reaches every block that has such a flag, as blocks of transformers do.
+        """
+        return any(block.gradient_checkpointing for block in self._checkpointable())
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        for block in self._checkpointable():
+            block.gradient_checkpointing = value
+            block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+    def _checkpointable(self) -> list[nn.Module]:
+        return [m for m in self.modules() if m is not self and hasattr(m, "gradient_checkpointing")]
+
+    def clip_grid(self, clips_NTCHW: Tensor) -> Grid:
+        """Say how many tokens each of these clips yields.
+
+        Raises:
+            ValueError: if they are not ``(N, T, 3, H, W)``, or their sizes do not fit the encoder.
+        """
+        if clips_NTCHW.ndim != 5 or clips_NTCHW.shape[2] != 3:
+            raise ValueError(
+                f"clips of shape {tuple(clips_NTCHW.shape)} are not (clips, frames, 3, height, width); "
+                "an image is a clip of one frame"
+            )
+        _, num_frames, _, height, width = clips_NTCHW.shape
+        return self.grid(num_frames, height, width)
 
     @abstractmethod
     def grid(self, num_frames: int, height: int, width: int) -> Grid:
@@ -42,3 +75,44 @@ class VisionEncoder(nn.Module, ABC):
     @abstractmethod
     def forward(self, clips_NTCHW: Tensor) -> Tensor:
         """Encode normalised clips ``(N, T, 3, H, W)`` to tokens ``(N, L, D)``, time-major, then rows."""
+
+
+class FrameEncoder(VisionEncoder):
+    """Encode frames one by one with a vision model of transformers, which knows frames of one size only.
+
+    Subclasses set these attributes too.
+    """
+
+    patch_size: int
+    """Pixels per side of a patch."""
+    vision_model: nn.Module
+    """Frames ``(F, 3, H, W)`` in, ``last_hidden_state`` out: class tokens if it has any, then patches by rows."""
+
+    def grid(self, num_frames: int, height: int, width: int) -> Grid:
+        """See ``VisionEncoder.grid``. Pixels beyond the last whole patch are not seen."""
+        if (height, width) != (self.image_size, self.image_size):
+            raise ValueError(
+                f"frames of {height} x {width} pixels do not fit the learned positions; "
+                f"resize to {self.image_size} x {self.image_size}, or set image_size"
+            )
+        if num_frames < 1:
+            raise ValueError(f"clips of {num_frames} frames hold nothing to encode; pass at least one frame")
+        side = self.image_size // self.patch_size
+        return num_frames, side, side
+
+    def forward(self, clips_NTCHW: Tensor) -> Tensor:
+        """See ``VisionEncoder.forward``."""
+        num_frames, rows, columns = self.clip_grid(clips_NTCHW)
+        tokens = self.vision_model(rearrange(clips_NTCHW, "n t c h w -> (n t) c h w")).last_hidden_state
+        return rearrange(tokens[:, -rows * columns :], "(n t) l d -> n (t l) d", t=num_frames)
+
+
+def num_blocks_to_build(depth: int, index: int, *, setting: str) -> int:
+    """Say how many of ``depth`` blocks yield the output of block ``index``, counted from the end (-1 is the last).
+
+    Raises:
+        ValueError: if there is no such block; the message calls the index ``setting``.
+    """
+    if not -depth <= index <= -1:
+        raise ValueError(f"{setting} {index} is none of {depth} blocks; use -{depth} to -1")
+    return depth + index + 1

@@ -1,0 +1,179 @@
+"""Parts of video vision transformers: patches, positions, attention, blocks."""
+
+import importlib.util
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hico.encoders.base import Grid
+
+
+def sinusoid_table(num_positions: int, width: int) -> Tensor:
+    """Compute the sine and cosine table of positions ``0 .. num_positions - 1``.
+
+    Column ``j`` of row ``p`` is the sine (even ``j``) or cosine (odd ``j``) of
+    ``p / 10000^(2 * floor(j / 2) / width)``.
+
+    Returns:
+        ``(num_positions, width)`` float32 on the CPU, computed in float64.
+
+    Source: Vaswani et al., "Attention Is All You Need", arXiv:1706.03762, section 3.5.
+    """
+    positions = torch.arange(num_positions, dtype=torch.float64, device="cpu")
+    columns = torch.arange(width, dtype=torch.float64, device="cpu")
+    angles = positions[:, None] / 10000 ** (2 * (columns // 2) / width)
+    angles[:, 0::2] = angles[:, 0::2].sin()
+    angles[:, 1::2] = angles[:, 1::2].cos()
+    return angles.float()
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def position_table(
+    grid: Grid, width: int, *, pretrained_grid: Grid, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Fit the sinusoidal position table of a pretrained grid to another one.
+
+    Rows and columns are resized first (bicubic, half-pixel centres, no antialiasing), then time (linear). The last few
+    tables are remembered, for all encoders of the process; do not write into the result.
+
+    Args:
+        grid: steps, rows and columns wanted.
+        width: width D of a token.
+        pretrained_grid: the grid whose raster positions ``0, 1, 2, ...`` the encoder was trained with.
+        device: where the table goes; it is always computed on the CPU, so it is the same everywhere.
+        dtype: dtype of the result; the table is computed in float32 from float64 angles.
+
+    Returns:
+        ``(1, L, D)``, time-major, then rows.
+
+    Source: Li et al., "Unmasked Teacher", arXiv:2303.16058; resizing as in the release of VideoChat-Flash.
+    """
+    steps, rows, columns = pretrained_grid
+    table = sinusoid_table(steps * rows * columns, width)
+    table = rearrange(table, "(t h w) d -> t d h w", t=steps, h=rows)
+    if (rows, columns) != grid[1:]:
+        table = F.interpolate(table, size=grid[1:], mode="bicubic", align_corners=False)
+    table = rearrange(table, "t d h w -> (h w) d t")
+    if steps != grid[0]:
+        table = F.interpolate(table, size=grid[0], mode="linear", align_corners=False)
+    return rearrange(table, "l d t -> 1 (t l) d").contiguous().to(device=device, dtype=dtype)
+
+
+class PatchConv(nn.Conv3d):
+    """A convolution over patches that do not overlap, as a matrix product.
+
+    Same parameters as ``nn.Conv3d``, whose half precision kernels are slow for these shapes.
+    """
+
+    def __init__(self, out_channels: int, *, kernel_size: tuple[int, int, int]):
+        super().__init__(3, out_channels, kernel_size, stride=kernel_size)
+
+    def forward(self, clips_NTCHW: Tensor) -> Tensor:
+        """Return ``(N, L, out_channels)``, time-major, then rows."""
+        steps, rows, columns = self.kernel_size
+        patches = rearrange(
+            clips_NTCHW, "n (t dt) c (h dh) (w dw) -> n (t h w) (c dt dh dw)", dt=steps, dh=rows, dw=columns
+        )
+        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+class PatchEmbed(nn.Module):
+    """Turn clips into patch tokens without positions."""
+
+    def __init__(self, hidden_size: int, *, patch_size: int, tubelet_size: int):
+        super().__init__()
+        self.proj = PatchConv(hidden_size, kernel_size=(tubelet_size, patch_size, patch_size))
+
+    def forward(self, clips_NTCHW: Tensor) -> Tensor:
+        return self.proj(clips_NTCHW)
+
+
+def eager_attention(query_NALC: Tensor, key_NALC: Tensor, value_NALC: Tensor) -> Tensor:
+    """Attend with the weights written out: L * L numbers per head. For inspection and comparison."""
+    scores = (query_NALC * query_NALC.shape[-1] ** -0.5) @ key_NALC.mT
+    return scores.softmax(dim=-1) @ value_NALC
+
+
+def flash_attention_2(query_NALC: Tensor, key_NALC: Tensor, value_NALC: Tensor) -> Tensor:
+    """Attend through the package flash-attn: float16 or bfloat16 on CUDA."""
+    from flash_attn import flash_attn_func  # optional package
+
+    query, key, value = (x.transpose(1, 2) for x in (query_NALC, key_NALC, value_NALC))
+    return flash_attn_func(query, key, value).transpose(1, 2)
+
+
+ATTENTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "sdpa": F.scaled_dot_product_attention,
+    "eager": eager_attention,
+    "flash_attention_2": flash_attention_2,
+}
+"""Full attention over ``(N, A, L, C)`` with scale ``C ** -0.5``, by the names that transformers uses."""
+
+
+def attention_function(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Look up an attention.
+
+    Raises:
+        ValueError: if the name is unknown.
+        ImportError: if its package is not installed.
+    """
+    if name not in ATTENTIONS:
+        raise ValueError(f"unknown attn_implementation {name!r}; known: {', '.join(ATTENTIONS)}")
+    if name == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise ImportError(
+            "attn_implementation 'flash_attention_2' needs the package flash-attn, which is not installed; "
+            "run `pip install flash-attn --no-build-isolation`, or use 'sdpa'"
+        )
+    return ATTENTIONS[name]
+
+
+class Attention(nn.Module):
+    """Full self-attention with a bias on query and value but none on the key."""
+
+    def __init__(self, hidden_size: int, *, num_heads: int, attn_implementation: str):
+        super().__init__()
+        self.num_heads = num_heads
+        self.attend = attention_function(attn_implementation)
+        self.q_bias = nn.Parameter(torch.zeros(hidden_size))
+        self.v_bias = nn.Parameter(torch.zeros(hidden_size))
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, tokens_NLD: Tensor) -> Tensor:
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = self.qkv(tokens_NLD) + bias
+        query, key, value = rearrange(qkv, "n l (three a c) -> three n a l c", three=3, a=self.num_heads)
+        return self.proj(rearrange(self.attend(query, key, value), "n a l c -> n l (a c)"))
+
+
+class MLP(nn.Module):
+    """Linear, exact GELU, linear."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, tokens_NLD: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(tokens_NLD)))
+
+
+class Block(GradientCheckpointingLayer):
+    """Pre-norm transformer block: attention and MLP, each added to its input."""
+
+    def __init__(self, hidden_size: int, *, num_heads: int, mlp_ratio: float, eps: float, attn_implementation: str):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=eps)
+        self.attn = Attention(hidden_size, num_heads=num_heads, attn_implementation=attn_implementation)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=eps)
+        self.mlp = MLP(hidden_size, int(hidden_size * mlp_ratio))
+
+    def forward(self, tokens_NLD: Tensor) -> Tensor:
+        tokens_NLD = tokens_NLD + self.attn(self.norm1(tokens_NLD))
+        return tokens_NLD + self.mlp(self.norm2(tokens_NLD))
