@@ -1,77 +1,48 @@
 """Make the Auto classes of transformers know hico's, without loading torch for ``import hico``.
 
-transformers offers no hook for packages, and registering at once would import torch and half of transformers. So we
-wait for the modules that hold the Auto classes, and register as soon as they are loaded.
+transformers offers packages no hook, and registering at once would import torch and half of transformers. So we wait for
+the modules that hold the Auto classes, and then import those of ours that register themselves.
 """
 
-import importlib
 import importlib.abc
 import importlib.util
 import sys
 
-_AUTO = "transformers.models.auto"
-
-
-def _register_config() -> None:
-    from transformers import AutoConfig
-
-    from hico.configuration_hico import HicoConfig
-
-    AutoConfig.register(HicoConfig.model_type, HicoConfig, exist_ok=True)
-
-
-def _register_models() -> None:
-    from transformers import AutoModel, AutoModelForImageTextToText
-
-    from hico.modeling_hico import HicoConfig, HicoForConditionalGeneration, HicoModel
-
-    AutoModel.register(HicoConfig, HicoModel, exist_ok=True)
-    AutoModelForImageTextToText.register(HicoConfig, HicoForConditionalGeneration, exist_ok=True)
-
-
-def _register_processor() -> None:
-    from transformers import AutoProcessor
-
-    from hico.processing_hico import HicoConfig, HicoProcessor
-
-    AutoProcessor.register(HicoConfig, HicoProcessor, exist_ok=True)
-
-
-_REGISTER = {
-    f"{_AUTO}.configuration_auto": _register_config,
-    f"{_AUTO}.modeling_auto": _register_models,
-    f"{_AUTO}.processing_auto": _register_processor,
+_WAITING = {
+    "transformers.models.auto.configuration_auto": "hico.configuration_hico",
+    "transformers.models.auto.modeling_auto": "hico.modeling_hico",
+    "transformers.models.auto.processing_auto": "hico.processing_hico",
 }
 
 
 class _Watcher(importlib.abc.MetaPathFinder):
-    """Lets other finders find the modules, and registers after they ran."""
+    """Let other finders find the modules; act after they ran."""
+
+    def __init__(self):
+        self._finding: set[str] = set()
 
     def find_spec(self, name, path=None, target=None):
-        if name not in _REGISTER or name in _pending:
+        if name not in _WAITING or name in self._finding:
             return None
-        _pending.add(name)
+        self._finding.add(name)
         try:
             spec = importlib.util.find_spec(name)
         finally:
-            _pending.discard(name)
+            self._finding.discard(name)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
             def run_and_register(module):
                 run(module)
-                _REGISTER[name]()
+                importlib.import_module(_WAITING[name])
 
             spec.loader.exec_module = run_and_register
         return spec
 
 
-_pending: set[str] = set()
-
-
 def register_when_loaded() -> None:
     """Register now with the Auto classes that are loaded, and later with those that are not."""
     sys.meta_path.insert(0, _Watcher())
-    for name, register in _REGISTER.items():
+    for name, ours in _WAITING.items():
         if name in sys.modules:
-            register()
+            importlib.import_module(ours)

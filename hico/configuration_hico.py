@@ -228,3 +228,6 @@ def _parts_without_weights(encoder_json: str, compressor_json: str):
 def build_compressor(spec: dict[str, Any], encoder, *, hidden_size: int):
     """Build a compressor for the tokens of an encoder, of ``hidden_size`` channels when they reach it."""
     return COMPRESSORS.build(spec, hidden_size=hidden_size, num_heads=encoder.num_heads)
+
+
+AutoConfig.register(HicoConfig.model_type, HicoConfig, exist_ok=True)

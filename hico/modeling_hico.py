@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForImageTextToText, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from hico.configuration_hico import HicoConfig, build_compressor
@@ -347,3 +347,7 @@ def _count_within_rows(item_BS: Tensor) -> Tensor:
     before_BS = nn.functional.pad(item_BS[:, :-1], (1, 0))
     starts_BS = (item_BS != 0) & (item_BS != before_BS)
     return starts_BS.cumsum(dim=1) * (item_BS != 0)
+
+
+AutoModel.register(HicoConfig, HicoModel, exist_ok=True)
+AutoModelForImageTextToText.register(HicoConfig, HicoForConditionalGeneration, exist_ok=True)

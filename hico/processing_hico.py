@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import BatchFeature, ProcessorMixin
+from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
 from hico.configuration_hico import HicoConfig, VisionSpec
 from hico.grids import anyres_grids, unires_grids
@@ -259,3 +259,6 @@ def _flat(values: Any, *, leaf) -> list[Any]:
     if values is None:
         return []
     return [values] if leaf(values) else [item for value in values for item in _flat(value, leaf=leaf)]
+
+
+AutoProcessor.register(HicoConfig, HicoProcessor, exist_ok=True)

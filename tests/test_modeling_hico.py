@@ -1,0 +1,216 @@
+"""The model: right for every batch, whatever is in its rows."""
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from hico import HicoConfig, HicoForConditionalGeneration
+from hico.preprocessing import normalize_pixels
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return HicoForConditionalGeneration(HicoConfig.preset("tiny")).eval()
+
+
+def pixels(*shape):
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
+
+
+VIDEO, IMAGE = 260, 259
+
+
+def prompt(*parts):
+    """Text ids for numbers, 16 placeholders for "v" (a clip) and "i" (a tile)."""
+    ids = []
+    for part in parts:
+        ids += [VIDEO] * 16 if part == "v" else [IMAGE] * 16 if part == "i" else [part]
+    return torch.tensor(ids)
+
+
+def left_pad(rows):
+    width = max(map(len, rows))
+    ids = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=256) for row in rows])
+    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(row), (width - len(row), 0)) for row in rows])
+    return ids, mask
+
+
+def test_chunked_encoding_equals_whole_encoding(model):
+    clips = pixels(7, 4, 3, 48, 48)
+    with torch.no_grad():
+        whole = model.model.encode(clips, clips_per_chunk=7)
+        torch.testing.assert_close(model.model.encode(clips, clips_per_chunk=2), whole, **CLOSE)
+        torch.testing.assert_close(model.model.encode(iter(clips.split(3))), whole, **CLOSE)
+
+
+def test_bytes_and_normalised_pixels_are_the_same(model):
+    clips = pixels(2, 4, 3, 48, 48)
+    encoder = model.model.encoder
+    floats = normalize_pixels(clips, mean=encoder.image_mean, std=encoder.image_std)
+    with torch.no_grad():
+        torch.testing.assert_close(model.model.encode(clips), model.model.encode(floats))
+
+
+def mixed_batch():
+    """Text alone; two videos (one and two clips) back to back; an image, text and a video; a tiled image."""
+    rows = [
+        prompt(1, 2, 3, 4),
+        prompt(5, "v", "v", "v", 6, 7),
+        prompt(8, "i", 9, "v", 10),
+        prompt(11, "i", "i", "i", 12),
+    ]
+    videos = [pixels(1, 4, 3, 48, 48), pixels(2, 4, 3, 48, 48), pixels(1, 4, 3, 48, 48)]
+    images = [(pixels(1, 3, 48, 48), (0, 0)), (pixels(3, 3, 48, 48), (1, 2))]
+    return rows, [[], videos[:2], videos[2:], []], [[], [], images[:1], images[1:]]
+
+
+def visual_inputs(videos, images):
+    inputs = {}
+    if videos:
+        inputs["pixel_values_videos"] = torch.cat(videos)
+        inputs["video_num_clips"] = torch.tensor([len(clips) for clips in videos])
+    if images:
+        inputs["pixel_values"] = torch.cat([tiles for tiles, _ in images])
+        inputs["image_grids"] = torch.tensor([grid for _, grid in images])
+    return inputs
+
+
+def test_a_padded_batch_equals_its_rows_one_by_one(model):
+    rows, videos, images = mixed_batch()
+    ids, mask = left_pad(rows)
+    with torch.no_grad():
+        batch = model(ids, attention_mask=mask, **visual_inputs(sum(videos, []), sum(images, []))).logits
+        for i, row in enumerate(rows):
+            single = model(row[None], **visual_inputs(videos[i], images[i])).logits[0]
+            torch.testing.assert_close(batch[i, -len(row) :], single, **CLOSE)
+
+
+def test_generation_of_a_batch_equals_its_rows_and_greedy_equals_argmax(model):
+    rows, videos, images = mixed_batch()
+    ids, mask = left_pad(rows)
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 256}
+    inputs = visual_inputs(sum(videos, []), sum(images, []))
+    batch = model.generate(ids, attention_mask=mask, **inputs, **settings)
+    assert torch.equal(batch[:, : ids.shape[1]], ids)
+    for i, row in enumerate(rows):
+        inputs = visual_inputs(videos[i], images[i])
+        single = model.generate(row[None], **inputs, **settings)[0]
+        assert batch[i, -5:].tolist() == single[-5:].tolist()
+        with torch.no_grad():
+            logits = model(single[None, :-1], **inputs).logits[0]
+        assert logits[-5:].argmax(-1).tolist() == single[-5:].tolist()
+
+
+def test_beams_encode_a_video_once(model):
+    calls = []
+    handle = model.model.encoder.register_forward_hook(lambda *_: calls.append(1))
+    inputs = visual_inputs([pixels(1, 4, 3, 48, 48)], [])
+    ids = prompt(1, "v", 2)[None]
+    try:
+        beams = model.generate(ids, **inputs, num_beams=3, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    finally:
+        handle.remove()
+    assert len(calls) == 1
+    assert beams.shape == (1, ids.shape[1] + 3)
+
+
+def test_visual_embeds_stand_for_pixels(model):
+    clips = pixels(2, 4, 3, 48, 48)
+    ids = prompt(1, "v", "v", 2)[None]
+    with torch.no_grad():
+        tokens = model.model.get_video_features(clips)
+        from_pixels = model(ids, pixel_values_videos=clips).logits
+        torch.testing.assert_close(model(ids, visual_embeds=tokens).logits, from_pixels)
+    with pytest.raises(ValueError, match="both pixels and visual_embeds"):
+        model(ids, visual_embeds=tokens, pixel_values_videos=clips)
+
+
+def test_visual_mask_numbers_the_items_of_every_row(model):
+    rows, videos, images = mixed_batch()
+    ids, _ = left_pad(rows)
+    _, mask = model.model.embed(ids, **visual_inputs(sum(videos, []), sum(images, [])))
+    assert mask[0].max() == 0
+    assert mask[1, -51:].tolist() == [0] + [1] * 16 + [2] * 32 + [0, 0]
+    assert mask[2].max() == 2
+    assert mask[3].sum() == 48
+
+
+def test_placeholders_that_do_not_match_name_both_counts(model):
+    with pytest.raises(ValueError, match=r"17 video placeholders, but the 1 video\(s\) given make 16 tokens"):
+        model(torch.tensor([[VIDEO] * 17]), pixel_values_videos=pixels(1, 4, 3, 48, 48))
+    with pytest.raises(ValueError, match=r"16 image placeholders, but the 0 image\(s\) given make 0 tokens"):
+        model(torch.tensor([[IMAGE] * 16]), pixel_values_videos=None)
+    with pytest.raises(ValueError, match=r"video_num_clips \[1, 2\] adds up to 3, but there are 2 clips"):
+        model.model.get_video_features(pixels(2, 4, 3, 48, 48), torch.tensor([1, 2]))
+
+
+def test_the_loss_in_training_is_the_loss_in_evaluation(model):
+    ids = prompt(1, "v", 2, 3, 4)[None]
+    labels = torch.full_like(ids, -100)
+    labels[0, -2:] = ids[0, -2:]
+    inputs = {"pixel_values_videos": pixels(1, 4, 3, 48, 48), "labels": labels}
+    evaluated = model(ids, **inputs)
+    reference = torch.nn.functional.cross_entropy(evaluated.logits[0, -3:-1], ids[0, -2:])
+    torch.testing.assert_close(evaluated.loss, reference)
+    try:
+        trained = model.train()(ids, **inputs)
+    finally:
+        model.eval()
+    assert trained.logits is None
+    torch.testing.assert_close(trained.loss, evaluated.loss)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    ids = prompt(1, "v", 2, 3)[None]
+    inputs = {"pixel_values_videos": pixels(1, 4, 3, 48, 48), "labels": ids.masked_fill(ids == VIDEO, -100)}
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = HicoForConditionalGeneration(HicoConfig.preset("tiny")).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            assert model.model.encoder.gradient_checkpointing
+        model(ids, **inputs).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert any(name.startswith("model.encoder") for name in gradients[0])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_save_and_load_round_trip(tied, tmp_path):
+    config = HicoConfig.preset("tiny")
+    config.text_config.tie_word_embeddings = config.tie_word_embeddings = tied
+    model = HicoForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    assert type(again) is HicoForConditionalGeneration
+    assert again.config.vision == model.config.vision
+    assert again.config.text_config.to_diff_dict().keys() >= model.config.text_config.to_diff_dict().keys()
+    assert (again.config.video_token_id, again.config.tie_word_embeddings) == (VIDEO, tied)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert (again.lm_head.weight is again.get_input_embeddings().weight) == tied
+
+
+def test_presets_say_how_many_tokens_a_video_takes():
+    for name, tokens in (("videochat-flash-7b-224", 64), ("videochat-flash-2b-448", 64), ("tiny", 16)):
+        assert HicoConfig.preset(name).vision.num_video_tokens(8) == 2 * tokens
+    assert HicoConfig.preset("longva-7b").vision.num_video_tokens(2) == 288
+    assert HicoConfig.preset("videochat-flash-7b-224").vision.num_image_tokens((2, 3)) == 7 * 64
+    with pytest.raises(ValueError, match="6 frames do not split into clips of 4; drop 2 or pad 2"):
+        HicoConfig.preset("tiny").vision.num_video_tokens(6)
+    with pytest.raises(ValueError, match="unknown preset 'tny'"):
+        HicoConfig.preset("tny")
+
+
+def test_unknown_parts_are_named_with_the_nearest_one():
+    with pytest.raises(ValueError, match="unknown encoder 'utm'; did you mean 'umt'"):
+        HicoConfig(encoder="utm")
+    with pytest.raises(ValueError, match="unknown compressor 'token_merg'; did you mean 'token_merge'"):
+        HicoConfig(compressor={"name": "token_merg"})
