@@ -1,7 +1,7 @@
 """Make the Auto classes of transformers know hico's, without loading torch for ``import hico``.
 
-transformers offers packages no hook, and registering at once would import torch and half of transformers. So we wait for
-the modules that hold the Auto classes, and then import those of ours that register themselves.
+transformers offers packages no hook, and registering at once would import torch and half of transformers. So we wait
+for the modules that hold the Auto classes, and then import those of ours that register themselves.
 """
 
 import importlib.abc

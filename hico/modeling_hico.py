@@ -31,9 +31,32 @@ class HicoPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, strict: bool = True, **kwargs):
+        """Load a saved model as `transformers.PreTrainedModel.from_pretrained` does, but never half of one.
+
+        Args:
+            strict: refuse a checkpoint that lacks weights or has others; if False, missing weights are random.
+
+        Raises:
+            ValueError: if ``strict`` and the weights are not the model's; the message counts and names them.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        faults = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected") if info[f"{kind}_keys"]}
+        if strict and faults:
+            found = "; ".join(f"{len(keys)} {kind}: {', '.join(keys[:3])}" for kind, keys in faults.items())
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: these are not the weights of this {cls.__name__} ({found}); "
+                "check that the config belongs to the weights, or pass strict=False to go on all the same"
+            )
+        return (model, info) if wants_info else model
+
 
 class HicoModel(HicoPreTrainedModel):
     """Encoder, compressor, projector and LLM, without the LM head."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
     def __init__(self, config: HicoConfig):
         super().__init__(config)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 from importlinter.cli import lint_imports
 
 
@@ -40,10 +41,6 @@ print(PROCESSOR_MAPPING[type(config)].__name__)
 def test_unknown_attributes_are_named():
     import hico
 
-    try:
+    with pytest.raises(AttributeError, match="HicoConfg"):
         hico.HicoConfg  # noqa: B018
-    except AttributeError as error:
-        assert "HicoConfg" in str(error)
-    else:
-        raise AssertionError("an unknown attribute was found")
     assert "HicoModel" in dir(hico)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from hico import HicoConfig, HicoForConditionalGeneration
+from hico import HicoConfig, HicoForConditionalGeneration, HicoModel
 from hico.preprocessing import normalize_pixels
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -67,6 +67,10 @@ def mixed_batch():
     return rows, [[], videos[:2], videos[2:], []], [[], [], images[:1], images[1:]]
 
 
+def flat(lists):
+    return [item for items in lists for item in items]
+
+
 def visual_inputs(videos, images):
     inputs = {}
     if videos:
@@ -82,7 +86,7 @@ def test_a_padded_batch_equals_its_rows_one_by_one(model):
     rows, videos, images = mixed_batch()
     ids, mask = left_pad(rows)
     with torch.no_grad():
-        batch = model(ids, attention_mask=mask, **visual_inputs(sum(videos, []), sum(images, []))).logits
+        batch = model(ids, attention_mask=mask, **visual_inputs(flat(videos), flat(images))).logits
         for i, row in enumerate(rows):
             single = model(row[None], **visual_inputs(videos[i], images[i])).logits[0]
             torch.testing.assert_close(batch[i, -len(row) :], single, **CLOSE)
@@ -92,7 +96,7 @@ def test_generation_of_a_batch_equals_its_rows_and_greedy_equals_argmax(model):
     rows, videos, images = mixed_batch()
     ids, mask = left_pad(rows)
     settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 256}
-    inputs = visual_inputs(sum(videos, []), sum(images, []))
+    inputs = visual_inputs(flat(videos), flat(images))
     batch = model.generate(ids, attention_mask=mask, **inputs, **settings)
     assert torch.equal(batch[:, : ids.shape[1]], ids)
     for i, row in enumerate(rows):
@@ -131,7 +135,7 @@ def test_visual_embeds_stand_for_pixels(model):
 def test_visual_mask_numbers_the_items_of_every_row(model):
     rows, videos, images = mixed_batch()
     ids, _ = left_pad(rows)
-    _, mask = model.model.embed(ids, **visual_inputs(sum(videos, []), sum(images, [])))
+    _, mask = model.model.embed(ids, **visual_inputs(flat(videos), flat(images)))
     assert mask[0].max() == 0
     assert mask[1, -51:].tolist() == [0] + [1] * 16 + [2] * 32 + [0, 0]
     assert mask[2].max() == 2
@@ -214,3 +218,21 @@ def test_unknown_parts_are_named_with_the_nearest_one():
         HicoConfig(encoder="utm")
     with pytest.raises(ValueError, match="unknown compressor 'token_merg'; did you mean 'token_merge'"):
         HicoConfig(compressor={"name": "token_merg"})
+
+
+def test_a_checkpoint_with_missing_or_other_weights_is_refused(tmp_path):
+    model = HicoForConditionalGeneration(HicoConfig.preset("tiny"))
+    weights = dict(model.state_dict())
+    weights["model.projector.mlp.9.weight"] = weights.pop("model.projector.mlp.2.weight")
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(ValueError, match=r"1 missing: .*mlp\.2\.weight; 1 unexpected: .*mlp\.9\.weight.*strict=False"):
+        HicoForConditionalGeneration.from_pretrained(tmp_path)
+    HicoForConditionalGeneration.from_pretrained(tmp_path, strict=False)
+
+
+def test_the_model_without_its_head_loads_from_the_same_directory(tmp_path):
+    model = HicoForConditionalGeneration(HicoConfig.preset("tiny")).eval()
+    model.save_pretrained(tmp_path)
+    inner = HicoModel.from_pretrained(tmp_path)
+    for name, tensor in model.model.state_dict().items():
+        assert torch.equal(inner.state_dict()[name], tensor), name
