@@ -35,7 +35,12 @@ def sinusoid_table(num_positions: int, width: int) -> Tensor:
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)
 def position_table(
-    grid: Grid, width: int, *, pretrained_grid: Grid, device: torch.device, dtype: torch.dtype
+    grid: Grid,
+    width: int,
+    *,
+    pretrained_grid: Grid,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Fit the sinusoidal position table of a pretrained grid to another one.
 
