@@ -22,7 +22,7 @@ class GoldenCase:
 
     @property
     def config(self) -> dict:
-        return self.entry["config"]
+        return self.entry.get("config", {})
 
     @property
     def path(self) -> Path:

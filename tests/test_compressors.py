@@ -1,0 +1,227 @@
+"""Compressors: the contract that every registered name keeps, the published numbers, and each one's own laws."""
+
+import copy
+import math
+
+import pytest
+import torch
+from helpers import golden_cases
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hico.compressors.identity import IdentityCompressor
+from hico.compressors.pooling import PoolingCompressor
+from hico.compressors.token_merge import TokenMergeCompressor
+from hico.registry import COMPRESSORS
+
+TINY = {
+    "token_merge": {"tokens_per_frame": 4, "tokens_per_image": 8},
+    "pooling": {"stride": 2},
+    "identity": {},
+}
+"""Small settings of every compressor; clips of 3 x 4 x 6 tokens and images of 1 x 5 x 4 must be possible."""
+GRIDS = [(3, 4, 6), (1, 5, 4)]
+WIDTH, HEADS = 16, 2
+
+every_compressor = pytest.mark.parametrize("name", COMPRESSORS.names())
+every_grid = pytest.mark.parametrize("grid", GRIDS)
+
+
+def build(name: str):
+    if name not in TINY:
+        pytest.fail(f"compressor {name!r} has no small settings; add a line to TINY in {__file__}")
+    torch.manual_seed(0)
+    return COMPRESSORS.build({"name": name, **TINY[name]}, hidden_size=WIDTH, num_heads=HEADS)
+
+
+def tokens_for(grid: tuple[int, int, int], *, num_clips: int = 2) -> Tensor:
+    return torch.randn(num_clips, math.prod(grid), WIDTH)
+
+
+@every_compressor
+@every_grid
+def test_as_many_tokens_come_out_as_announced(name, grid):
+    compressor = build(name)
+    tokens = compressor(tokens_for(grid), grid)
+    assert tokens.shape == (2, compressor.num_output_tokens(grid), WIDTH)
+    assert tokens.isfinite().all()
+    with torch.device("meta"):
+        assert build(name).num_output_tokens(grid) == tokens.shape[1]
+
+
+@every_compressor
+@every_grid
+def test_a_batch_equals_its_clips_one_by_one(name, grid):
+    compressor, tokens = build(name).eval(), tokens_for(grid, num_clips=3)
+    alone = torch.cat([compressor(clip, grid) for clip in tokens.split(1)])
+    torch.testing.assert_close(compressor(tokens, grid), alone, rtol=1e-6, atol=1e-6)
+    assert torch.equal(compressor(tokens, grid), compressor(tokens, grid))
+
+
+@every_compressor
+@every_grid
+def test_gradients_reach_the_tokens_and_every_parameter(name, grid):
+    compressor, tokens = build(name), tokens_for(grid).requires_grad_()
+    compressor(tokens, grid).square().sum().backward()
+    assert tokens.grad.isfinite().all()
+    assert tokens.grad.any(dim=-1).float().mean() > 0.5
+    assert [n for n, p in compressor.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@every_compressor
+@every_grid
+def test_bfloat16_stays_close(name, grid):
+    compressor, tokens = build(name).eval(), tokens_for(grid).bfloat16()
+    expected = compressor(tokens.float(), grid)
+    compressed = compressor.bfloat16()(tokens, grid)
+    assert compressed.dtype == torch.bfloat16
+    torch.testing.assert_close(compressed.float(), expected, rtol=0.02, atol=0.02)
+
+
+@every_compressor
+@every_grid
+def test_saving_and_loading_gives_the_same_tokens(name, grid):
+    compressor, tokens = build(name).eval(), tokens_for(grid)
+    other = build(name)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.normal_()
+    other.load_state_dict(compressor.state_dict())
+    assert torch.equal(other.eval()(tokens, grid), compressor(tokens, grid))
+    assert torch.equal(copy.deepcopy(compressor)(tokens, grid), compressor(tokens, grid))
+
+
+@every_compressor
+def test_tokens_that_do_not_fill_the_grid_are_named(name):
+    with pytest.raises(ValueError, match="73 tokens per clip do not fill a grid of 3 x 4 x 6"):
+        build(name)(torch.randn(2, 73, WIDTH), (3, 4, 6))
+
+
+# token_merge -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(
+    "case", [c for c in golden_cases("B") if "target_tokens" in c.config], ids=lambda case: case.name
+)
+def test_token_merge_matches_the_published_connector(case):
+    config = case.config
+    width, side, target = config["mm_hidden"], config["side"], config["target_tokens"]
+    features = case.tensors["features"] if "features" in case.tensors else case["features_f16"].float()
+    tokens = features.reshape(-1, config["tokens_in_per_clip"], width)
+    grid = (config["tokens_in_per_clip"] // side**2, side, side)
+    a_frame_is_no_image = {"tokens_per_image": 16} if config["compress"] else {}
+    compressor = TokenMergeCompressor(hidden_size=width, num_heads=config["heads"], **a_frame_is_no_image)
+    assert compressor.num_output_tokens(grid) == target
+    case.assert_close(compressor(tokens, grid), "merged")
+
+
+def test_token_merge_tells_an_image_from_a_clip():
+    compressor = TokenMergeCompressor(hidden_size=8, num_heads=2, tokens_per_frame=3, tokens_per_image=5)
+    assert compressor.num_output_tokens((1, 4, 4)) == 5
+    assert compressor.num_output_tokens((2, 4, 4)) == 6
+
+
+def test_token_merge_with_nothing_to_merge_returns_the_tokens_unchanged():
+    compressor = TokenMergeCompressor(hidden_size=8, num_heads=2, tokens_per_image=12)
+    tokens = torch.randn(2, 12, 8)
+    assert compressor(tokens, (1, 3, 4)) is tokens
+
+
+def test_token_merge_asked_for_more_than_there_is_names_both_numbers():
+    compressor = TokenMergeCompressor(hidden_size=8, num_heads=2)
+    with pytest.raises(ValueError, match=r"the 24 tokens of grid \(2, 3, 4\) into 32.*tokens_per_frame <= 12"):
+        compressor.num_output_tokens((2, 3, 4))
+    with pytest.raises(ValueError, match=r"the 12 tokens of grid \(1, 3, 4\) into 64.*tokens_per_image <= 12"):
+        compressor(torch.randn(1, 12, 8), (1, 3, 4))
+
+
+def test_token_merge_orders_differ_in_order_only():
+    tokens, grid = torch.randn(1, 48, 8), (2, 4, 6)
+    by_similarity, by_position = (
+        TokenMergeCompressor(hidden_size=8, num_heads=2, tokens_per_frame=5, order=order)(tokens, grid)[0]
+        for order in ("similarity", "position")
+    )
+    matches = (by_similarity[:, None] == by_position).all(dim=-1)
+    assert (matches.sum(dim=1) == 1).all()
+    assert not torch.equal(by_similarity, by_position)
+
+
+def test_token_merge_settings_that_cannot_work_are_named():
+    with pytest.raises(ValueError, match="hidden_size 8 does not split into 3 heads"):
+        TokenMergeCompressor(hidden_size=8, num_heads=3)
+    with pytest.raises(ValueError, match="tokens_per_frame 0"):
+        TokenMergeCompressor(hidden_size=8, num_heads=2, tokens_per_frame=0)
+    with pytest.raises(ValueError, match="'time'"):
+        TokenMergeCompressor(hidden_size=8, num_heads=2, order="time")
+
+
+# pooling -----------------------------------------------------------------------------------------------------------
+
+VIDEOS = [
+    (case, index)
+    for case in golden_cases("F")
+    for index, item in enumerate(case.config.get("items", []))
+    if item.get("kind") == "video"
+]
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(("case", "index"), VIDEOS, ids=[f"{case.name}-{index}" for case, index in VIDEOS])
+def test_pooling_matches_the_published_order_and_values(case, index):
+    projected, side = case[f"item{index}.projected"], case.config["side"]
+    mode = case.config["pool"].split()[0]
+    pooling = PoolingCompressor(hidden_size=projected.shape[-1], num_heads=1, mode=mode)
+    tokens = pooling(projected.reshape(1, -1, projected.shape[-1]), (len(projected), side, side))
+    case.assert_close(tokens[0], f"item{index}.tokens")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(1, 3), st.sampled_from(["average", "max"]))
+def test_pooling_reduces_each_window_of_each_frame(steps, rows, columns, stride, mode):
+    pooling = PoolingCompressor(hidden_size=2, num_heads=1, stride=stride, mode=mode)
+    if min(rows, columns) < stride:
+        with pytest.raises(ValueError, match=f"{rows} x {columns} tokens are too small for windows of {stride}"):
+            pooling.num_output_tokens((steps, rows, columns))
+        return
+    maps = torch.randn(1, steps, rows, columns, 2)
+    reduce = {"average": torch.mean, "max": torch.amax}[mode]
+    expected = [
+        reduce(maps[:, t, i * stride : (i + 1) * stride, j * stride : (j + 1) * stride], dim=(1, 2))
+        for t in range(steps)
+        for i in range(rows // stride)
+        for j in range(columns // stride)
+    ]
+    assert pooling.num_output_tokens((steps, rows, columns)) == len(expected)
+    tokens = pooling(maps.flatten(1, 3), (steps, rows, columns))
+    torch.testing.assert_close(tokens, torch.stack(expected, dim=1))
+
+
+@pytest.mark.parametrize("mode", ["average", "max"])
+def test_pooling_to_a_square_gives_that_many_tokens_whatever_the_frame(mode):
+    pooling = PoolingCompressor(hidden_size=4, num_heads=1, tokens_per_frame=9, mode=mode)
+    for grid in [(2, 6, 6), (1, 7, 5), (3, 3, 4)]:
+        tokens = pooling(torch.randn(1, math.prod(grid), 4), grid)
+        assert tokens.shape[1] == pooling.num_output_tokens(grid) == 9 * grid[0]
+    divides = torch.randn(1, 36, 4)
+    windows = PoolingCompressor(hidden_size=4, num_heads=1, stride=2, mode=mode)
+    torch.testing.assert_close(pooling(divides, (1, 6, 6)), windows(divides, (1, 6, 6)))
+    with pytest.raises(ValueError, match="frames of 2 x 9 tokens are too small for 3 x 3 tokens"):
+        pooling.num_output_tokens((1, 2, 9))
+
+
+def test_pooling_settings_that_cannot_work_are_named():
+    with pytest.raises(ValueError, match=r"stride \(2\) or tokens_per_frame \(16\), not both"):
+        PoolingCompressor(hidden_size=4, num_heads=1, stride=2, tokens_per_frame=16)
+    with pytest.raises(ValueError, match="tokens_per_frame 15 is not a square number; use 9 or 16"):
+        PoolingCompressor(hidden_size=4, num_heads=1, tokens_per_frame=15)
+    with pytest.raises(ValueError, match="stride 0 must be at least 1"):
+        PoolingCompressor(hidden_size=4, num_heads=1, stride=0)
+    with pytest.raises(ValueError, match=r"'mean'; known: average, max"):
+        PoolingCompressor(hidden_size=4, num_heads=1, mode="mean")
+
+
+def test_identity_returns_the_tokens_themselves():
+    tokens = torch.randn(2, 24, 8)
+    assert IdentityCompressor(hidden_size=8, num_heads=2)(tokens, (2, 3, 4)) is tokens
