@@ -1,0 +1,130 @@
+"""Which tokens of one call are still there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hico.llm_dropout.base import DropPolicy
+from hico.llm_dropout.schedule import DropStage
+from hico.ops.dropping import keep_count, share_budget
+
+SCOPES = ("span", "row")
+
+
+@dataclass
+class Group:
+    """Visual tokens that compete with each other.
+
+    Args:
+        columns: ``(num_tokens,)`` where the tokens that are left stand in the call.
+        num_original: tokens before the first drop.
+        holds_last: whether the last token of the row is one of them; that one is never dropped.
+        seed: what chance starts from, the same for the same place in any row.
+    """
+
+    columns: Tensor
+    num_original: int
+    holds_last: bool
+    seed: int
+
+
+class Survivors:
+    """Tokens of a call that no stage has dropped yet.
+
+    Args:
+        span_ids_BS: 0 is text, k the k-th span of the row.
+        valid_BS: bool, False at padding.
+        scope: "span" (tokens compete within their video or image) or "row" (with all visual tokens of the row).
+        seed: of all chance.
+    """
+
+    def __init__(self, span_ids_BS: Tensor, valid_BS: Tensor, *, scope: str, seed: int):
+        self.valid_BS = valid_BS
+        self.visual_BS = (span_ids_BS > 0) & valid_BS
+        self.alive_BS = valid_BS.clone()
+        valid_cpu = valid_BS.cpu()
+        self.num_alive = valid_cpu.sum(1).tolist()
+        self.pad_left = bool(valid_cpu[:, -1].all())
+        ids_cpu = torch.where(valid_cpu, span_ids_BS.cpu(), 0)
+        if scope == "row":
+            ids_cpu = ids_cpu.clamp(max=1)
+        self.rows = [
+            _groups(ids_S, int(valid_S.nonzero()[-1]) if valid_S.any() else -1, seed, valid_BS.device)
+            for ids_S, valid_S in zip(ids_cpu, valid_cpu, strict=True)
+        ]
+
+    @property
+    def any_visual(self) -> bool:
+        """Whether there is anything to drop."""
+        return any(self.rows)
+
+    @property
+    def dropped_BS(self) -> Tensor:
+        """Bool, True where a token was dropped; padding never was."""
+        return self.valid_BS & ~self.alive_BS
+
+    def drop(
+        self, stage: DropStage, policy: DropPolicy, *, scores_BS: Tensor | None, skip_rows: Collection[int] = ()
+    ) -> bool:
+        """Apply one stage.
+
+        Args:
+            stage: asks how many tokens to keep.
+            policy: chooses them.
+            scores_BS: of all tokens of the call, if the policy needs them.
+            skip_rows: rows that keep what they have.
+
+        Returns:
+            Whether a token was dropped.
+        """
+        before = sum(self.num_alive)
+        for row, groups in enumerate(self.rows):
+            if row not in skip_rows:
+                for group, num_asked in zip(groups, _num_asked(stage, groups), strict=True):
+                    self._drop_from(row, group, num_asked, stage, policy, scores_BS)
+        return sum(self.num_alive) < before
+
+    def _drop_from(self, row: int, group: Group, num_asked: int, stage: DropStage, policy: DropPolicy, scores_BS):
+        num_tokens = len(group.columns)
+        num_keep = policy.num_keep(num_tokens, max(num_asked, int(group.holds_last)))
+        if num_keep == num_tokens:
+            return
+        kept = group.columns[
+            policy.choose(
+                num_tokens,
+                num_keep,
+                scores=scores_BS[row, group.columns] if policy.needs_scores else None,
+                generator=torch.Generator().manual_seed((group.seed * 1_000_003 + stage.layer) % 2**63),
+            ).to(group.columns.device)
+        ]
+        if group.holds_last:
+            kept[-1] = group.columns[-1]
+        self.alive_BS[row, group.columns] = False
+        self.alive_BS[row, kept] = True
+        self.num_alive[row] -= num_tokens - num_keep
+        group.columns = kept
+
+
+def _groups(ids_S: Tensor, last: int, seed: int, device: torch.device) -> list[Group]:
+    """List the spans of one row; ``last`` is the column of its last token."""
+    columns_by_id = ids_S.argsort(stable=True)
+    ids, counts = ids_S[columns_by_id].unique_consecutive(return_counts=True)
+    spans = [
+        columns
+        for span_id, columns in zip(ids.tolist(), columns_by_id.split(counts.tolist()), strict=True)
+        if span_id > 0
+    ]
+    return [
+        Group(columns.to(device), len(columns), bool(columns[-1] == last), seed * 1_000_003 + place)
+        for place, columns in enumerate(spans)
+    ]
+
+
+def _num_asked(stage: DropStage, groups: list[Group]) -> list[int]:
+    if isinstance(stage.keep, int):
+        return share_budget([len(group.columns) for group in groups], stage.keep)
+    return [max(1, keep_count(group.num_original, stage.keep)) for group in groups]
