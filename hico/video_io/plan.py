@@ -1,0 +1,259 @@
+"""From the settings of a call to the frames that must be decoded."""
+
+import logging
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+from hico.sampling import pad_to_clips, sample_frames
+from hico.video_io.base import READERS, Reader, Sink
+from hico.video_io.folder import FolderReader, index_folder
+from hico.video_io.index import VideoIndex, build_index
+from hico.video_io.resize import SCALERS, ExactResizer
+from hico.video_io.runs import nearest_keyframes
+from hico.video_io.source import Source, VideoError, as_source
+
+logger = logging.getLogger(__name__)
+
+VideoSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO
+MAX_THREADS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadSettings:
+    """How to sample, decode and resize a video.
+
+    Args:
+        mode: sampling mode, see ``hico.sampling.sample_frames``; if omitted, ``middle`` where ``num_frames`` is given
+            and ``dual`` where it is not.
+        num_frames: frames wanted, evenly spread.
+        fps: frames per second wanted, within the bounds.
+        min_frames: fewest frames.
+        max_frames: most frames.
+        bounds: ``max_wins`` or ``published``.
+        clip_len: frames per clip; the result is a multiple of it.
+        pad: ``repeat`` fills the last clip with its last frame; ``error`` refuses an unfilled one.
+        start: seconds from the start of the video; frames that appear before are left out.
+        end: seconds; frames that appear then or later are left out.
+        size: side of a square, or ``(height, width)``, in pixels; as displayed if omitted. The aspect ratio is not
+            kept.
+        scaler: ``exact`` gives the pixels of the published preprocessing; ``fast`` is off by a few grey levels.
+        exact: if False and the samples are a second or more apart, each is moved to the nearest keyframe, which is
+            much less work; the times tell the truth, and several samples may be the same frame.
+        reader: ``pyav``, or, where installed, ``decord`` or ``torchcodec``. A folder needs none.
+        num_threads: decoding threads; if omitted, as many as torch uses (1 in a DataLoader worker), at most 8.
+        folder_fps: images per second of a folder.
+        generator: source of chance for the mode ``rand``.
+    """
+
+    mode: str | None = None
+    num_frames: int | None = None
+    fps: float | None = None
+    min_frames: int | None = None
+    max_frames: int | None = None
+    bounds: str = "max_wins"
+    clip_len: int = 4
+    pad: str = "repeat"
+    start: float | None = None
+    end: float | None = None
+    size: int | tuple[int, int] | None = None
+    scaler: str = "exact"
+    exact: bool = True
+    reader: str = "pyav"
+    num_threads: int | None = None
+    folder_fps: float = 1.0
+    generator: torch.Generator | None = None
+
+    @classmethod
+    def of(cls, settings: dict[str, object]) -> "ReadSettings":
+        """Build from keyword arguments.
+
+        Raises:
+            TypeError: if a name is unknown; the message suggests the nearest one.
+        """
+        names = [field.name for field in fields(cls)]
+        for name in settings:
+            if name not in names:
+                nearest = get_close_matches(name, names, n=1)
+                hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+                raise TypeError(f"unknown video setting {name!r}{hint} Known: {', '.join(names)}")
+        return cls(**settings)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to decode, and where each frame goes.
+
+    Args:
+        source: the video.
+        index: its index.
+        reader: who decodes it.
+        resizer: makes the resizer of one thread.
+        num_threads: threads to decode with.
+        wanted: the frames to decode, strictly increasing.
+        places: for each of them, its places in the result; more than one where a frame is repeated.
+        seconds: ``(F,)`` when each frame of the result appears.
+        start: seconds, where the chosen part begins.
+        duration: seconds, length of the chosen part.
+        size: ``(height, width)`` of the result.
+    """
+
+    source: Source
+    index: VideoIndex
+    reader: Reader
+    resizer: Callable[[], ExactResizer]
+    num_threads: int
+    wanted: list[int]
+    places: list[list[int]]
+    seconds: np.ndarray
+    start: float
+    duration: float
+    size: tuple[int, int]
+
+    def decode(self, sink: Sink, max_ahead: int) -> int:
+        """Decode into a sink; returns the number of lost samples, after a warning if there are any."""
+        name, missing = self.source.name, self.index.num_missing
+        if missing:
+            logger.warning(
+                "%s: is cut off; %d of %d frames are missing at the end, and the others are used. Fetch it again",
+                name,
+                missing,
+                missing + self.index.info.num_frames,
+            )
+        num_lost = self.reader.decode(
+            self.source,
+            self.index,
+            self.wanted,
+            sink,
+            resizer=self.resizer,
+            num_threads=self.num_threads,
+            max_ahead=max_ahead,
+        )
+        if num_lost:
+            logger.warning(
+                "%s: is damaged; %d of %d sampled frames were lost, the nearest good ones stand in. Fetch it again",
+                name,
+                num_lost,
+                len(self.wanted),
+            )
+        return num_lost
+
+
+def index_of(source: Source, folder_fps: float) -> VideoIndex:
+    """Read the index of a video or a folder of images."""
+    return index_folder(source, folder_fps) if _is_folder(source) else build_index(source)
+
+
+def make_plan(source: VideoSource, settings: ReadSettings) -> Plan:
+    """Sample a video.
+
+    Raises:
+        VideoError: if it cannot be read, or nothing is left between start and end.
+        ValueError: if a setting is unknown, contradictory or without effect.
+    """
+    source = as_source(source)
+    reader = FolderReader if _is_folder(source) else READERS.get(settings.reader)
+    scaler = SCALERS.get(settings.scaler)
+    _check_part(source, settings.start, settings.end)
+    index = index_of(source, settings.folder_fps)
+    first, last, start, duration = _part(source, index, settings.start, settings.end)
+    sampled = sample_frames(
+        last - first,
+        index.info.fps,
+        mode=settings.mode,
+        num_frames=settings.num_frames,
+        rate=settings.fps,
+        min_frames=settings.min_frames,
+        max_frames=settings.max_frames,
+        clip_len=settings.clip_len,
+        bounds=settings.bounds,
+        generator=settings.generator,
+    )
+    if not sampled:
+        raise VideoError(
+            f"{source.name}: the sampling mode {settings.mode!r} finds no frame in {duration:.2f} s; sample at a "
+            "higher rate, or set bounds='max_wins'"
+        )
+    frames = [first + position for position in pad_to_clips(sampled, settings.clip_len, pad=settings.pad)]
+    if not settings.exact:
+        keyframes = [keyframe.position for keyframe in index.keyframes if first <= keyframe.position < last]
+        frames = nearest_keyframes(frames, keyframes, index.seconds)
+    wanted, places = _places(frames)
+    size = _size(settings.size, index)
+    return Plan(
+        source=source,
+        index=index,
+        reader=reader(),
+        resizer=partial(scaler, size, index.info.rotation),
+        num_threads=_num_threads(settings.num_threads),
+        wanted=wanted,
+        places=places,
+        seconds=index.seconds[frames],
+        start=start,
+        duration=duration,
+        size=size,
+    )
+
+
+def _is_folder(source: Source) -> bool:
+    return source.location is not None and Path(source.location).is_dir()
+
+
+def _check_part(source: Source, start: float | None, end: float | None) -> None:
+    for name, value in {"start": start, "end": end}.items():
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise VideoError(
+                f"{source.name}: {name} is {value}; it counts seconds from the start of the video, from 0"
+            )
+    if start is not None and end is not None and start >= end:
+        raise VideoError(f"{source.name}: start {start} s is not before end {end} s; swap them, or leave one out")
+
+
+def _part(source: Source, index: VideoIndex, start: float | None, end: float | None) -> tuple[int, int, float, float]:
+    """Return the first and past-the-last frame between start and end, and where the part begins and how long it is."""
+    duration = index.info.duration
+    begin, stop = start or 0.0, min(duration, math.inf if end is None else end)
+    # Half a microsecond: timestamps are whole ticks, and 1/3 s is not a float.
+    first = int(np.searchsorted(index.seconds, begin - 5e-7))
+    last = len(index.seconds) if end is None else int(np.searchsorted(index.seconds, end - 5e-7))
+    if first >= last:
+        raise VideoError(
+            f"{source.name}: no frame appears between start {begin} s and end {stop} s; the video lasts "
+            f"{duration:.2f} s and has {index.info.fps:.3g} frames per second. Choose a longer part inside it"
+        )
+    return first, last, begin, stop - begin
+
+
+def _places(frames: list[int]) -> tuple[list[int], list[list[int]]]:
+    wanted, places = [], []
+    for place, position in enumerate(frames):
+        if not wanted or wanted[-1] != position:
+            wanted.append(position)
+            places.append([])
+        places[-1].append(place)
+    return wanted, places
+
+
+def _size(size: int | tuple[int, int] | None, index: VideoIndex) -> tuple[int, int]:
+    if size is None:
+        return index.info.height, index.info.width
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1:
+        raise ValueError(f"size is {size}; it must be at least 1 pixel")
+    return height, width
+
+
+def _num_threads(num_threads: int | None) -> int:
+    if num_threads is None:
+        return min(MAX_THREADS, torch.get_num_threads())
+    if num_threads < 1:
+        raise ValueError(f"num_threads is {num_threads}; decoding needs at least 1")
+    return num_threads
