@@ -1,0 +1,310 @@
+"""Recipes: what a stage trains, on what, and how. YAML files extend the presets of `hico.train.stages`."""
+
+import os
+import re
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainingArguments
+
+from hico.train.stages import STAGES
+
+PARTS = ("encoder", "compressor", "projector", "llm")
+"""What can be trained, frozen, or given a learning rate of its own."""
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """One stage of training.
+
+    Every other key of a recipe file is a field of `transformers.TrainingArguments` and is kept in ``arguments``.
+    """
+
+    name: str
+    """How the stage is called in logs and folders."""
+    model: str
+    """Folder of the checkpoint to start from; in a chain only the first stage needs one."""
+    output_dir: str
+    """Where checkpoints and logs go; the result is its subfolder ``final``."""
+    data: str | list
+    """Mixture file, or the list of its datasets."""
+    eval_data: str | list | None = None
+    """Mixture held out for evaluation."""
+    eval_fraction: float = 0.0
+    """Share of the training rows to hold out instead, in [0, 1)."""
+    sampling_strategy: str = "all"
+    """Rows to take of every dataset, after the dataset's own strategy."""
+    trainable: list = field(default_factory=lambda: list(PARTS))
+    """Parts that learn; the others are frozen."""
+    part_learning_rates: dict = field(default_factory=dict)
+    """Part -> learning rate, where it differs from ``learning_rate``."""
+    frame_sampling: str = "dynamic_fps1"
+    """How frames are chosen: a mode of `hico.video_io.read_video`."""
+    min_frames: int = 4
+    """Fewest frames of a video."""
+    max_frames: int = 8
+    """Most frames of a video."""
+    image_size: int | None = None
+    """Pixels per side that the encoder sees; the checkpoint's if omitted."""
+    model_config: dict = field(default_factory=dict)
+    """Further changes to the checkpoint's configuration, nested as there."""
+    time_message: str | None = "short"
+    """Sentence about duration and sampling after each video: ``short``, ``long`` or nothing."""
+    label_scheme: str = "assistant"
+    """What is learned: a scheme of `hico.prompt.label_mask`."""
+    max_length: int = 32768
+    """Tokens of a row at most, visual tokens included."""
+    global_batch_size: int | None = None
+    """Rows per optimizer step over all devices; sets the gradient accumulation."""
+    group_by_length: bool = False
+    """Put rows of one modality and similar length into a batch."""
+    max_tokens_per_batch: int | None = None
+    """Token budget of a batch on one device, instead of ``per_device_train_batch_size`` rows."""
+    packing: bool = False
+    """Concatenate the rows of a batch into one sequence, without attention across them."""
+    on_bad_sample: str = "raise"
+    """What a row that cannot be read does: ``raise`` or ``skip``."""
+    max_bad_fraction: float = 0.01
+    """Share of skipped rows that stops the run."""
+    decode_timeout: float | None = 120.0
+    """Seconds after which the decoding of a row is killed; no limit if null."""
+    check_files: bool = True
+    """Look for every file of the mixture before the first step."""
+    drop_schedule: str | list | dict | None = None
+    """Progressive visual dropout in the LLM, as `HicoForConditionalGeneration.set_drop_schedule` takes it."""
+    lora: dict | None = None
+    """Adapters on the LLM: keywords of `peft.LoraConfig`."""
+    peak_tflops: float | None = None
+    """Dense bf16 peak of one device, for the model FLOPs utilisation; known GPUs need none."""
+    arguments: dict = field(default_factory=dict)
+    """Keywords of `transformers.TrainingArguments`."""
+
+    def __post_init__(self):
+        for known in fields(self):
+            _check_type(known.name, getattr(self, known.name), known.type)
+        for key, parts in (("trainable", self.trainable), ("part_learning_rates", self.part_learning_rates)):
+            for part in parts:
+                if part not in PARTS:
+                    raise ValueError(f"{key} names {part!r}{_nearest(part, PARTS)}")
+        if frozen := set(self.part_learning_rates) - set(self.trainable):
+            raise ValueError(f"part_learning_rates names {sorted(frozen)}, which `trainable` freezes")
+        if self.lora is not None and "llm" in self.trainable:
+            raise ValueError("lora trains adapters in place of the LLM; take 'llm' out of `trainable`")
+        if not 1 <= self.min_frames <= self.max_frames:
+            raise ValueError(
+                f"min_frames {self.min_frames} and max_frames {self.max_frames} contradict each other; "
+                "use 1 <= min_frames <= max_frames"
+            )
+        choices = {"on_bad_sample": ("raise", "skip"), "time_message": ("short", "long", None)}
+        choices["label_scheme"] = ("assistant", "published", "longva")
+        for key, allowed in choices.items():
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"{key} is {getattr(self, key)!r}; use one of {allowed}")
+        if not 0 <= self.eval_fraction < 1 or (self.eval_fraction and self.eval_data):
+            raise ValueError(f"eval_fraction is {self.eval_fraction}; use [0, 1), and 0 beside eval_data")
+        if self.packing and self.max_tokens_per_batch is None:
+            raise ValueError("packing fills sequences up to a token budget; set max_tokens_per_batch")
+        if self.packing and self.drop_schedule:
+            raise ValueError("packing cannot be combined with drop_schedule: dropped tokens move the rows' borders")
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < self.max_length:
+            raise ValueError(
+                f"max_tokens_per_batch {self.max_tokens_per_batch} is below max_length {self.max_length}; "
+                "a batch must hold the longest row"
+            )
+        if self.max_tokens_per_batch is not None and self.global_batch_size is not None:
+            raise ValueError(
+                "global_batch_size counts rows, max_tokens_per_batch varies them; "
+                "set `global_batch_size: null` and gradient_accumulation_steps"
+            )
+
+    def gradient_accumulation(self, world_size: int) -> int:
+        """Return the micro-batches per optimizer step on ``world_size`` devices.
+
+        Raises:
+            ValueError: if the global batch does not divide.
+        """
+        asked = self.arguments.get("gradient_accumulation_steps")
+        if self.global_batch_size is None:
+            return asked or 1
+        per_step = self.rows_per_device * world_size
+        steps, rest = divmod(self.global_batch_size, per_step)
+        if rest or not steps or (asked is not None and asked != steps):
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not per_device_train_batch_size "
+                f"{self.rows_per_device} x {world_size} devices x gradient_accumulation_steps {asked or 'n'}; "
+                "change one of them (global_batch_size: null leaves the product to the others)"
+            )
+        return steps
+
+    @property
+    def rows_per_device(self) -> int:
+        """Rows of a micro-batch on one device."""
+        return self.arguments.get("per_device_train_batch_size", 8)
+
+
+def load_recipes(path: str | Path, overrides: Mapping[str, Any] | None = None) -> list[Recipe]:
+    """Read a recipe file.
+
+    Files that a recipe names (``data``, ``eval_data``, ``deepspeed``, ``stages``) are looked for beside it, then from
+    the working directory. ``${NAME}`` in any text is taken from the environment.
+
+    Args:
+        path: YAML file: one stage, or a chain with a list of ``stages``, each a file or a mapping.
+        overrides: keys that win over the file; of a chain, ``model`` and ``output_dir`` are the chain's own, all
+            others go to every stage.
+
+    Returns:
+        The stages in order. In a chain, each starts from the result of the one before.
+
+    Raises:
+        ValueError: if a key is unknown (the message names the nearest one) or a value is out of range.
+    """
+    settings = _read(Path(path))
+    overrides = dict(overrides or {})
+    if "stages" not in settings:
+        return [make_recipe({"name": Path(path).stem, **settings, **overrides})]
+    chain = {key: overrides.pop(key, settings.pop(key, None)) for key in ("model", "output_dir")}
+    if chain["output_dir"] is None:
+        raise ValueError(f"{path}: a chain needs an output_dir for the folders of its stages")
+    stages = settings.pop("stages")
+    if not isinstance(stages, list) or not stages:
+        raise ValueError(f"{path}: stages is {stages!r}; list recipe files or mappings")
+    recipes: list[Recipe] = []
+    for number, stage in enumerate(stages, 1):
+        if isinstance(stage, str):
+            own = {"name": Path(stage).stem, **_read(_beside(Path(path), stage))}
+        else:
+            own = {"name": stage.get("extends", f"stage{number}"), **_resolve(stage, Path(path))}
+        own["output_dir"] = str(Path(chain["output_dir"]) / own["name"])
+        own["model"] = str(Path(recipes[-1].output_dir) / "final") if recipes else chain["model"] or own.get("model")
+        recipes.append(make_recipe({**own, **overrides}, defaults=settings))
+        if recipes[-1].name in [recipe.name for recipe in recipes[:-1]]:
+            raise ValueError(f"{path}: two stages are called {recipes[-1].name!r}; set `name` in one of them")
+    return recipes
+
+
+def make_recipe(settings: Mapping[str, Any], *, defaults: Mapping[str, Any] | None = None) -> Recipe:
+    """Build a recipe from its keys, over the preset that ``extends`` names.
+
+    Args:
+        settings: recipe keys.
+        defaults: keys between the preset and ``settings``.
+
+    Raises:
+        ValueError: if a key is unknown or missing, or a value is out of range.
+    """
+    settings = {**(defaults or {}), **settings}
+    preset = settings.pop("extends", None)
+    if preset is not None:
+        if preset not in STAGES:
+            raise ValueError(f"extends names {preset!r}{_nearest(preset, STAGES)}")
+        settings = {"name": preset, **STAGES[preset], **settings}
+    own = {known.name for known in fields(Recipe)} - {"arguments"}
+    theirs = {known.name for known in fields(TrainingArguments)} - own
+    for key in settings:
+        if key not in own | theirs:
+            raise ValueError(
+                f"unknown recipe key {key!r}{_nearest(key, sorted(own | theirs | {'extends', 'stages'}))}"
+            )
+    missing = [key for key in ("name", "model", "output_dir", "data") if settings.get(key) is None]
+    if missing:
+        raise ValueError(f"the recipe {settings.get('name', '')!r} lacks {', '.join(missing)}")
+    arguments = {key: value for key, value in settings.items() if key in theirs}
+    return Recipe(arguments=arguments, **{key: value for key, value in settings.items() if key in own})
+
+
+def parse_overrides(words: list[str]) -> dict[str, Any]:
+    """Turn ``--key value`` and ``--key=value`` into recipe keys; values are YAML, a key alone means true.
+
+    Raises:
+        ValueError: if a word is not a flag.
+    """
+    overrides: dict[str, Any] = {}
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"expected a flag such as --learning_rate, got {word!r}")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            value = words.pop(0) if words and not words[0].startswith("--") else "true"
+        overrides[key.replace("-", "_")] = yaml.load(value, Loader=YamlLoader)
+    return overrides
+
+
+class YamlLoader(yaml.SafeLoader):
+    """YAML 1.1 with the floats of YAML 1.2: ``1e-5`` is a number."""
+
+
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file, with ``${NAME}`` in its texts taken from the environment.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not YAML, or a variable is not set.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no recipe file {path}")
+    try:
+        return _expand(yaml.load(path.read_text(), Loader=YamlLoader), path)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+
+
+def _expand(value: Any, path: Path) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand(item, path) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, path) for item in value]
+    if isinstance(value, str):
+        value = os.path.expandvars(value)
+        if unset := re.search(r"\$\{(\w+)\}", value):
+            raise ValueError(f"{path} uses ${{{unset.group(1)}}}, which is not set; export it or write the path")
+    return value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    settings = read_yaml(path)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold recipe keys, not {type(settings).__name__}")
+    return _resolve(settings, path)
+
+
+def _resolve(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    named = ("data", "eval_data", "deepspeed")
+    return {
+        key: str(_beside(path, value)) if key in named and isinstance(value, str) else value
+        for key, value in settings.items()
+    }
+
+
+def _beside(path: Path, name: str) -> Path:
+    beside = path.parent / name
+    return beside if beside.exists() else Path(name)
+
+
+def _nearest(word: object, known: typing.Iterable[str]) -> str:
+    known = list(known)
+    nearest = get_close_matches(str(word), known, n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(known)}"
+
+
+def _check_type(name: str, value: Any, annotation: Any) -> None:
+    allowed = typing.get_args(annotation) or (annotation,)
+    if float in allowed:
+        allowed = (*allowed, int)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in allowed)
+        raise ValueError(f"{name} is {value!r}, a {type(value).__name__}; it must be {names}")

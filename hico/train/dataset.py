@@ -1,0 +1,176 @@
+"""Rows of a mixture as token ids, labels and pixels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from hico.processing_hico import HicoProcessor
+from hico.prompt import IGNORE_INDEX, IMAGE_TOKEN, VIDEO_TOKEN, label_mask
+from hico.train.batching import Key
+from hico.train.config import Recipe
+from hico.train.decoding import SampleError, TimedReader
+from hico.train.mixture import MODALITIES, Mixture
+from hico.train.records import Media, open_video_source
+from hico.video_io import Video, read_video
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that was left out."""
+
+    index: int
+    where: str
+    reason: str
+
+
+class TrainingRows(Dataset):
+    """Turn rows into examples, lazily; see `__getitem__`.
+
+    Args:
+        mixture: the rows.
+        processor: writes prompts and prepares pixels.
+        recipe: frames, labels, lengths, and what to do with bad rows.
+        seed: of random frame sampling; a row's draw depends on it, the epoch and the row's number alone.
+    """
+
+    def __init__(self, mixture: Mixture, processor: HicoProcessor, recipe: Recipe, *, seed: int):
+        self.mixture, self.processor, self.recipe, self.seed = mixture, processor, recipe, seed
+        self.marks = label_marks(processor.tokenizer)
+        self.visual_ids = torch.tensor(processor.tokenizer.convert_tokens_to_ids([VIDEO_TOKEN, IMAGE_TOKEN]))
+        settings = {**frame_settings(recipe), "size": processor.vision.image_size}
+        settings["clip_len"] = processor.vision.clip_len
+        self._read = TimedReader(partial(read_media, settings=settings), recipe.decode_timeout)
+
+    def __len__(self) -> int:
+        return len(self.mixture)
+
+    def __getitem__(self, key: Key) -> dict[str, Any] | BadRow:
+        """Read a row.
+
+        Args:
+            key: epoch and row number.
+
+        Returns:
+            ``input_ids`` and ``labels`` ``(S,)``, the row's pixels as `HicoProcessor` names them, and its ``modality``
+            as a number. With ``on_bad_sample: skip``, a `BadRow` instead of an error.
+
+        Raises:
+            SampleError: if the row cannot be read; the message names it.
+        """
+        epoch, index = key
+        record = self.mixture.record(index)
+        try:
+            return self._example(record, row_seed(self.seed, epoch, index), self.mixture.spec(index).video_read_type)
+        except SampleError as error:
+            if self.recipe.on_bad_sample == "skip":
+                return BadRow(index, record.where, str(error))
+            raise SampleError(
+                f"the row at {record.where} cannot be read: {error}. "
+                "Mend or remove it, or set on_bad_sample: skip to count such rows and go on"
+            ) from error
+
+    def _example(self, record, seed: int, read_type: str | None) -> dict[str, Any]:
+        media = self._read(record.media, seed, read_type) if record.media else []
+        text = self.processor.apply_chat_template(record.messages)
+        try:
+            batch = self.processor(
+                [text],
+                images=[item for item in media if not isinstance(item, Video)] or None,
+                videos=[_with_tensor(item) for item in media if isinstance(item, Video)] or None,
+                padding=False,
+            )
+        except ValueError as error:
+            raise SampleError(str(error)) from error
+        example = {name: value for name, value in batch.items() if name != "attention_mask"}
+        example["input_ids"] = batch["input_ids"][0]
+        example["labels"] = self._labels(example["input_ids"])
+        example["modality"] = MODALITIES.index(record.modality)
+        return self._fit(example)
+
+    def _labels(self, input_ids: Tensor) -> Tensor:
+        learned = torch.tensor(label_mask(input_ids.tolist(), scheme=self.recipe.label_scheme, **self.marks))
+        learned &= ~torch.isin(input_ids, self.visual_ids)
+        # Nothing stands before the first token to predict it from, and in a packed sequence it would be another row.
+        learned[0] = False
+        return input_ids.masked_fill(~learned, IGNORE_INDEX)
+
+    def _fit(self, example: dict[str, Any]) -> dict[str, Any]:
+        limit, length = self.recipe.max_length, len(example["input_ids"])
+        if length > limit:
+            visual = int(torch.isin(example["input_ids"], self.visual_ids).sum())
+            kept = example["input_ids"][:limit]
+            if int(torch.isin(kept, self.visual_ids).sum()) < visual:
+                raise SampleError(
+                    f"it has {length} tokens ({visual} of them visual), max_length is {limit}, and cutting there "
+                    "would cut a video or image; lower max_frames or raise max_length"
+                )
+            example.update(input_ids=kept, labels=example["labels"][:limit])
+        if not bool((example["labels"] != IGNORE_INDEX).any()):
+            raise SampleError(f"nothing in its {length} tokens is learned; is its answer empty, or cut by max_length?")
+        return example
+
+
+def frame_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return what a recipe says about frames in the words of `hico.sampling.sample_frames`.
+
+    ``middle`` and ``rand`` take ``max_frames``, however long the video.
+    """
+    if recipe.frame_sampling in ("middle", "rand"):
+        return {"mode": recipe.frame_sampling, "num_frames": recipe.max_frames}
+    return {"mode": recipe.frame_sampling, "min_frames": recipe.min_frames, "max_frames": recipe.max_frames}
+
+
+def read_media(
+    media: Sequence[Media], seed: int, read_type: str | None, *, settings: dict[str, Any]
+) -> list[Video | Image.Image]:
+    """Decode the videos and images of a row; runs in the child process of `TimedReader`."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        _read_video(item, read_type, generator, settings) if item.kind == "video" else _read_image(item)
+        for item in media
+    ]
+
+
+def row_seed(seed: int, epoch: int, index: int) -> int:
+    """Return the seed of a row's random choices."""
+    return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1)[0])
+
+
+def label_marks(tokenizer) -> dict[str, Any]:
+    """Return the token ids by which `hico.prompt.label_mask` reads a conversation.
+
+    Raises:
+        ValueError: if the tokenizer does not know ChatML.
+    """
+    marks = {}
+    for name, text in (("start_id", "<|im_start|>"), ("end_id", "<|im_end|>"), ("newline_id", "\n")):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ValueError(f"the tokenizer writes {text!r} as {len(ids)} tokens; training needs a ChatML tokenizer")
+        marks[name] = ids[0]
+    return {**marks, "assistant_ids": tokenizer.encode("assistant", add_special_tokens=False)}
+
+
+def _read_video(item: Media, read_type: str | None, generator: torch.Generator, settings: dict[str, Any]) -> Video:
+    backend = {} if read_type in (None, "img") else {"backend": read_type}
+    source = open_video_source(item.source)
+    video = read_video(source, start=item.start, end=item.end, generator=generator, **backend, **settings)
+    # As an array, the frames go through the pipe in one piece.
+    return replace(video, frames=video.frames.numpy())
+
+
+def _with_tensor(video: Video) -> Video:
+    return replace(video, frames=torch.from_numpy(video.frames))
+
+
+def _read_image(item: Media) -> Image.Image:
+    source = open_video_source(item.source)
+    with Image.open(source) as image:
+        return image.convert("RGB")

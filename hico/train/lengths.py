@@ -1,0 +1,44 @@
+"""Estimates of how many tokens rows take, made without opening their media."""
+
+import numpy as np
+
+from hico.processing_hico import IMAGE_GRIDS, HicoProcessor
+from hico.train.config import Recipe
+from hico.train.mixture import Mixture
+
+TYPICAL_GRID = (2, 3)
+"""Rows and columns taken for an image that may be tiled: those of a 640 x 480 photograph at 224 pixels a tile."""
+
+
+def estimate_lengths(mixture: Mixture, processor: HicoProcessor, recipe: Recipe) -> np.ndarray:
+    """Estimate the tokens of every row.
+
+    Videos whose rows give ``start`` and ``end`` or a ``duration`` count the frames that dynamic sampling takes;
+    others count ``max_frames``. Tiled images count a typical grid. Text counts its bytes by a rate measured on
+    some rows.
+
+    Returns:
+        ``(n,)`` int64, at most ``max_length``.
+    """
+    vision = processor.vision
+    frames = np.full(len(mixture), recipe.max_frames, dtype=np.float64)
+    if recipe.frame_sampling == "dynamic_fps1":
+        known = ~np.isnan(mixture.seconds)
+        per_video = np.floor(mixture.seconds[known] / np.maximum(mixture.num_videos[known], 1))
+        frames[known] = np.clip(per_video, recipe.min_frames, recipe.max_frames)
+    clips = np.ceil(frames / vision.clip_len) * mixture.num_videos
+    grid = TYPICAL_GRID if IMAGE_GRIDS[processor.image_tiling]() else (0, 0)
+    visual = clips * vision.num_video_tokens(vision.clip_len)
+    # num_images is 0 for most rows, and the encoder may not take single frames: ask only if there are images.
+    if mixture.num_images.any():
+        visual += mixture.num_images * vision.num_image_tokens(grid)
+    text = mixture.text_bytes * _tokens_per_byte(mixture, processor)
+    return np.minimum(np.ceil(visual + text), recipe.max_length).astype(np.int64)
+
+
+def _tokens_per_byte(mixture: Mixture, processor: HicoProcessor, num_rows: int = 64) -> float:
+    """Measure how many tokens a byte of a row's text makes, its turns' headers included."""
+    chosen = np.linspace(0, len(mixture) - 1, min(num_rows, len(mixture))).astype(int)
+    texts = [processor.apply_chat_template(mixture.record(index).messages) for index in chosen.tolist()]
+    tokens = sum(len(ids) for ids in processor.tokenizer(texts)["input_ids"])
+    return tokens / max(1, int(mixture.text_bytes[chosen].sum()))

@@ -1,0 +1,83 @@
+"""Parts of the model: what is frozen, and which learning rate each has."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+_PART = re.compile(r"(?:^|\.)model\.(encoder|compressor|projector)\.")
+
+
+def part_of(name: str) -> str:
+    """Return the part that a parameter of `HicoForConditionalGeneration` belongs to, wrapped or not.
+
+    The LM head and the embeddings belong to ``llm``.
+    """
+    match = _PART.search(name)
+    return match[1] if match else "llm"
+
+
+def freeze(model: nn.Module, trainable: Sequence[str]) -> None:
+    """Let only some parts learn; adapters always do.
+
+    A frozen parameter gets no gradient and, through `parameter_groups`, no optimizer state.
+
+    Raises:
+        ValueError: if nothing is left to train.
+    """
+    for name, parameter in model.named_parameters():
+        adapter = "lora_" in name
+        shadowed = ".original_module." in name
+        parameter.requires_grad_(adapter or (part_of(name) in trainable and not shadowed))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"trainable parts {list(trainable)} have no parameters in this model; name others")
+
+
+def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return per part how many parameters learn, and how many there are."""
+    counts: dict[str, tuple[int, int]] = {}
+    for name, parameter in model.named_parameters():
+        # DeepSpeed's ZeRO-3 leaves an empty tensor in place of a sharded one, and its size beside it.
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        learned, total = counts.get(part_of(name), (0, 0))
+        counts[part_of(name)] = (learned + size * parameter.requires_grad, total + size)
+    return counts
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    part_learning_rates: Mapping[str, float],
+    weight_decay: float,
+    decayed: Sequence[str],
+) -> list[dict[str, Any]]:
+    """Group the parameters that learn, by part and by weight decay.
+
+    Args:
+        model: after `freeze`.
+        learning_rate: of the parts that ``part_learning_rates`` leaves out.
+        part_learning_rates: part -> learning rate.
+        weight_decay: of the parameters that ``decayed`` names; the others have none.
+        decayed: names of parameters.
+
+    Returns:
+        Groups for a torch optimizer, each with its ``name``.
+    """
+    decayed, groups = set(decayed), {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part, decays = part_of(name), bool(weight_decay) and name in decayed
+        group = groups.setdefault(
+            (part, decays),
+            {
+                "name": part + (" with decay" if decays else ""),
+                "params": [],
+                "lr": float(part_learning_rates.get(part, learning_rate)),
+                "weight_decay": weight_decay if decays else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())

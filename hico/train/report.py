@@ -1,0 +1,114 @@
+"""What a recipe would do: the report of ``--dry_run``."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hico.modeling_hico import HicoForConditionalGeneration
+from hico.train.batching import BatchRule, BatchSampler
+from hico.train.config import Recipe
+from hico.train.parts import count_parameters, freeze, part_of
+from hico.train.run import Prepared
+
+
+def dry_run(recipe: Recipe, prepared: Prepared, *, world_size: int) -> str:
+    """Describe a stage without weights, devices or a single step.
+
+    Args:
+        recipe: of the stage.
+        prepared: its checked data and configuration.
+        world_size: devices to plan for.
+
+    Returns:
+        Text: trainable parameters per part, parameter groups, rows per dataset, tokens per step, steps, memory.
+    """
+    with torch.device("meta"):
+        model = HicoForConditionalGeneration(prepared.config)
+    freeze(model, [*recipe.trainable, *(["llm"] if recipe.lora is not None else [])])
+    parameters = count_parameters(model)
+    lines = [f"stage {recipe.name}: {recipe.model} -> {recipe.output_dir}", "", "part         trainable        total"]
+    for part, (learned, total) in parameters.items():
+        note = "  (adapters only)" if part == "llm" and recipe.lora is not None else ""
+        lines.append(f"{part:<10} {learned:>11,} {total:>12,}{note}")
+    lines += ["", "parameter groups"]
+    rates = {
+        **dict.fromkeys(recipe.trainable, recipe.arguments.get("learning_rate", 5e-5)),
+        **recipe.part_learning_rates,
+    }
+    for part, rate in rates.items():
+        count = sum(1 for name, parameter in model.named_parameters() if part_of(name) == part)
+        lines.append(f"{part:<10} lr {rate:g}, {count} tensors" + ("" if count else " (the part has no weights)"))
+    lines += ["", "dataset                            rows        taken  strategy"]
+    for dataset, taken in zip(prepared.mixture.datasets, prepared.mixture.taken, strict=True):
+        lines.append(f"{dataset.name:<28} {len(dataset):>10,} {len(taken):>12,}  {dataset.spec.sampling_strategy}")
+    if prepared.eval_rows is not None:
+        lines.append(f"held out: {len(prepared.eval_rows):,} rows")
+    accumulation = recipe.gradient_accumulation(world_size)
+    sampler = make_sampler(recipe, prepared, world_size)
+    steps = -(-len(sampler) // accumulation) * recipe.arguments.get("num_train_epochs", 3)
+    if recipe.arguments.get("max_steps", -1) > 0:
+        steps = recipe.arguments["max_steps"]
+    lengths = prepared.lengths[prepared.rows]
+    per_step = lengths.sum() / max(1, -(-len(sampler) // accumulation))
+    lines += [
+        "",
+        f"{world_size} device(s), {accumulation} micro-batch(es) per step, {len(prepared.rows):,} rows",
+        f"tokens per row: {lengths.mean():,.0f} on average, {lengths.max():,} at most (estimated)",
+        f"tokens per step: {per_step:,.0f} (estimated)",
+        f"steps: {steps:,.0f}",
+        "",
+        *_memory(recipe, prepared, parameters, world_size),
+    ]
+    return "\n".join(lines)
+
+
+def make_sampler(recipe: Recipe, prepared: Prepared, world_size: int) -> BatchSampler:
+    """Return the sampler of the first of ``world_size`` devices."""
+    rule = BatchRule(recipe.rows_per_device, recipe.max_tokens_per_batch, recipe.packing, recipe.group_by_length)
+    return BatchSampler(
+        rule,
+        prepared.rows,
+        lengths=prepared.lengths[prepared.rows],
+        modality=prepared.mixture.modality[prepared.rows],
+        seed=recipe.arguments.get("seed", 42),
+        world_size=world_size,
+    )
+
+
+def _memory(recipe: Recipe, prepared: Prepared, parameters: dict, world_size: int) -> list[str]:
+    """Estimate the memory of one device, the largest batch, with an attention that keeps no scores."""
+    zero = zero_stage(recipe)
+    total, learned = (sum(counts[i] for counts in parameters.values()) for i in (1, 0))
+    if recipe.lora is not None:
+        learned -= parameters["llm"][0]
+    half = zero is not None and recipe.arguments.get("bf16", False)
+    share = {stage: world_size if (zero or 0) >= stage else 1 for stage in (1, 2, 3)}
+    weights = total * (2 if half else 4) / share[3]
+    gradients = learned * (2 if half else 4) / share[2]
+    optimizer = learned * (12 if half else 8) / share[1]
+    text = prepared.config.text_config
+    longest = int(np.max(prepared.lengths[prepared.rows]))
+    tokens = recipe.max_tokens_per_batch or longest * recipe.rows_per_device
+    element = 2 if recipe.arguments.get("bf16") or recipe.arguments.get("fp16") else 4
+    # One layer keeps about 17 numbers of the width per token; checkpointing keeps one, and one layer in full.
+    per_layer = tokens * text.hidden_size * element
+    kept = (
+        text.num_hidden_layers + 17 if recipe.arguments.get("gradient_checkpointing") else text.num_hidden_layers * 17
+    )
+    activations = kept * per_layer
+    rows = [("weights", weights), ("gradients", gradients), ("optimizer", optimizer), ("LLM activations", activations)]
+    rows.append(("together", sum(size for _, size in rows)))
+    sharded = f"ZeRO-{zero}" if zero is not None else "not sharded by DeepSpeed"
+    title = f"memory per device (estimated; {sharded}; without the encoder's activations and the logits)"
+    return [title, *(f"{name:<16} {size / 2**30:>9.2f} GiB" for name, size in rows)]
+
+
+def zero_stage(recipe: Recipe) -> int | None:
+    """Return the ZeRO stage of the recipe's DeepSpeed file, if there is one."""
+    spec = recipe.arguments.get("deepspeed")
+    if spec is None:
+        return None
+    settings = json.loads(Path(spec).read_text()) if isinstance(spec, str) else spec
+    return settings.get("zero_optimization", {}).get("stage", 0)

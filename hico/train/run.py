@@ -1,0 +1,245 @@
+"""Running stages: from a recipe to its result, and from one stage to the next."""
+
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainingArguments, set_seed
+
+from hico.configuration_hico import HicoConfig
+from hico.llm_dropout.schedule import DropSchedule
+from hico.modeling_hico import HicoForConditionalGeneration
+from hico.processing_hico import HicoProcessor
+from hico.train import checkpoint
+from hico.train.config import Recipe
+from hico.train.dataset import TrainingRows
+from hico.train.lengths import estimate_lengths
+from hico.train.lora import ADAPTER_CONFIG, add_lora, load_merged
+from hico.train.mixture import Mixture, read_mixture
+from hico.train.parts import freeze
+from hico.train.throughput import FlopCounter, peak_tflops
+from hico.train.trainer import HicoTrainer, unwrapped
+
+logger = logging.getLogger(__name__)
+
+STOPPED = 143
+"""Exit status after SIGTERM, as shells count it."""
+
+
+@dataclass
+class Prepared:
+    """What a stage needs beside weights, checked."""
+
+    config: HicoConfig
+    processor: HicoProcessor
+    schedule: DropSchedule
+    mixture: Mixture
+    rows: np.ndarray
+    lengths: np.ndarray
+    eval_mixture: Mixture | None
+    eval_rows: np.ndarray | None
+    eval_lengths: np.ndarray | None
+
+
+def run_chain(recipes: Sequence[Recipe]) -> Path:
+    """Run stages one after the other; finished ones are skipped.
+
+    Returns:
+        The folder of the last stage's model.
+    """
+    for recipe in recipes:
+        result = run_stage(recipe)
+    return result
+
+
+def run_stage(recipe: Recipe) -> Path:
+    """Train a stage, from where it was left if it was begun.
+
+    Ends the process with status 143 if SIGTERM stopped it; its checkpoint is written then.
+
+    Returns:
+        The folder of the trained model.
+
+    Raises:
+        ValueError, FileNotFoundError: for what is wrong with recipe, data or checkpoint, before the first step.
+    """
+    output_dir = Path(recipe.output_dir)
+    final = output_dir / checkpoint.FINAL
+    if checkpoint.is_complete(final):
+        logger.warning("stage %s is finished: %s is there; remove it to train again", recipe.name, final)
+        return final
+    # Before anything is loaded: under ZeRO-3 the arguments decide how weights are placed.
+    args = training_arguments(recipe)
+    prepared = prepare(recipe, check_files=recipe.check_files and args.process_index == 0)
+    trainer = make_trainer(recipe, args, prepared)
+    last = checkpoint.checkpoints(output_dir)[-1:]
+    if last:
+        check_same_data(last[0], trainer.manifest)
+        trainer.bad_rows.resume(int(last[0].name.partition("-")[2]))
+        logger.warning("stage %s goes on from %s", recipe.name, last[0])
+    trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
+    if trainer.stop_on_signal.received:
+        sys.exit(STOPPED)
+    return trainer.save_final()
+
+
+def make_trainer(recipe: Recipe, args: TrainingArguments, prepared: Prepared) -> HicoTrainer:
+    """Load the model, freeze what does not learn, and put the trainer together."""
+    set_seed(args.seed)
+    model = load_model(recipe, prepared.config)
+    if recipe.lora is not None:
+        model = add_lora(model, recipe.lora, trainable=recipe.trainable)
+    freeze(model, recipe.trainable)
+    if prepared.schedule:
+        unwrapped(model).set_drop_schedule(prepared.schedule, queries="before_answers")
+    dataset = TrainingRows(prepared.mixture, prepared.processor, recipe, seed=args.seed)
+    eval_dataset = prepared.eval_mixture and TrainingRows(
+        prepared.eval_mixture, prepared.processor, recipe, seed=args.seed
+    )
+    return HicoTrainer(
+        model,
+        args,
+        recipe=recipe,
+        dataset=dataset,
+        rows=prepared.rows,
+        lengths=prepared.lengths,
+        eval_dataset=eval_dataset,
+        eval_rows=prepared.eval_rows,
+        eval_lengths=prepared.eval_lengths,
+        flops=FlopCounter(unwrapped(model), prepared.schedule),
+        peak_tflops=recipe.peak_tflops or peak_tflops(),
+        manifest={"stage": recipe.name, **prepared.mixture.manifest()},
+    )
+
+
+def prepare(recipe: Recipe, *, check_files: bool = True) -> Prepared:
+    """Read and check everything but the weights.
+
+    Raises:
+        ValueError, FileNotFoundError: for what is wrong with recipe, data or checkpoint.
+    """
+    config, processor = load_config(recipe)
+    schedule = read_schedule(recipe, config)
+    check_frames(recipe, config.clip_len)
+    seed = recipe.arguments.get("seed", 42)
+    mixture = read_mixture(recipe.data, seed=seed, sampling_strategy=recipe.sampling_strategy, check_files=check_files)
+    lengths = estimate_lengths(mixture, processor, recipe)
+    rows, eval_mixture, eval_rows, eval_lengths = np.arange(len(mixture)), None, None, None
+    if recipe.eval_data is not None:
+        eval_mixture = read_mixture(recipe.eval_data, seed=seed, check_files=check_files)
+        eval_rows, eval_lengths = np.arange(len(eval_mixture)), estimate_lengths(eval_mixture, processor, recipe)
+    elif recipe.eval_fraction:
+        rows, eval_rows = mixture.split(recipe.eval_fraction)
+        eval_mixture, eval_lengths = mixture, lengths
+    return Prepared(config, processor, schedule, mixture, rows, lengths, eval_mixture, eval_rows, eval_lengths)
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """Turn a recipe into the arguments of transformers."""
+    settings = {"logging_nan_inf_filter": False, **recipe.arguments}
+    if recipe.eval_data is not None or recipe.eval_fraction:
+        settings.setdefault("eval_strategy", "epoch")
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    settings["gradient_accumulation_steps"] = recipe.gradient_accumulation(world_size)
+    return TrainingArguments(output_dir=recipe.output_dir, remove_unused_columns=False, **settings)
+
+
+def load_config(recipe: Recipe) -> tuple[HicoConfig, HicoProcessor]:
+    """Read configuration and processor of the starting checkpoint, with the recipe's changes.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+    """
+    folder = Path(recipe.model)
+    if not (folder / "config.json").is_file():
+        what = "holds no config.json" if folder.is_dir() else "does not exist"
+        raise FileNotFoundError(
+            f"stage {recipe.name!r} starts from {folder}, which {what}; "
+            "finish the stage before, or name another checkpoint with --model"
+        )
+    changes = dict(recipe.model_config)
+    if recipe.image_size is not None:
+        changes["encoder"] = {"image_size": recipe.image_size, **changes.get("encoder", {})}
+    config = HicoConfig.from_dict(_merged(HicoConfig.from_pretrained(folder).to_dict(), changes))
+    processor = HicoProcessor.from_pretrained(folder)
+    processor.vision, processor.time_message = config.vision, recipe.time_message
+    return config, processor
+
+
+def load_model(recipe: Recipe, config: HicoConfig) -> HicoForConditionalGeneration:
+    """Load the weights in float32; mixed precision is the trainer's.
+
+    Raises:
+        ValueError: if they do not fit the configuration.
+    """
+    if (Path(recipe.model) / ADAPTER_CONFIG).is_file():
+        return load_merged(recipe.model)
+    try:
+        model, report = HicoForConditionalGeneration.from_pretrained(
+            recipe.model, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {recipe.model} do not fit the configuration: {error}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[kind]:
+            some = ", ".join(map(str, sorted(report[kind], key=str)[:3]))
+            raise ValueError(
+                f"the weights in {recipe.model} do not fit the configuration: {len(report[kind])} "
+                f"{kind.replace('_', ' ')}, such as {some}; check model_config and the checkpoint"
+            )
+    return model
+
+
+def read_schedule(recipe: Recipe, config: HicoConfig) -> DropSchedule:
+    """Read the recipe's drop schedule, also in the published form (a mapping of ``llm_compress_type`` and lists).
+
+    Raises:
+        ValueError: if it cannot be read, or names a layer that the LLM does not have.
+    """
+    spec = recipe.drop_schedule
+    try:
+        schedule = DropSchedule.from_published(**spec) if isinstance(spec, Mapping) else DropSchedule.parse(spec)
+    except TypeError as error:
+        raise ValueError(f"drop_schedule {spec!r} is not of the published form: {error}") from error
+    schedule.check_depth(config.text_config.num_hidden_layers)
+    return schedule
+
+
+def check_frames(recipe: Recipe, clip_len: int) -> None:
+    """Raise ``ValueError`` if dynamic frame counts do not split into clips."""
+    if not recipe.frame_sampling.startswith("d"):
+        return
+    for key in ("min_frames", "max_frames"):
+        frames = getattr(recipe, key)
+        if frames % clip_len:
+            raise ValueError(
+                f"{key} {frames} does not split into clips of {clip_len} frames; "
+                f"use {max(clip_len, frames - frames % clip_len)} or {frames + -frames % clip_len}"
+            )
+
+
+def check_same_data(last: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if the data are not those that a checkpoint was trained on."""
+    before = checkpoint.read_manifest(last) or {}
+    for key in ("seed", "datasets"):
+        if before.get(key) != manifest[key]:
+            raise ValueError(
+                f"{last} was trained on other data: {key} was {str(before.get(key))[:300]} and is "
+                f"{str(manifest[key])[:300]}; put the data back, or train into another output_dir"
+            )
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with ``changes``, mappings merged key by key."""
+    result = dict(base)
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
+            value = _merged(result[key], value)
+        result[key] = value
+    return result

@@ -1,0 +1,376 @@
+"""`HicoTrainer`: `transformers.Trainer` with parts, an order of rows that can be resumed, and whole checkpoints."""
+
+import json
+import logging
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hico.train import checkpoint
+from hico.train.batching import BatchRule, BatchSampler, EpochLoader
+from hico.train.collator import Collator
+from hico.train.config import Recipe
+from hico.train.dataset import BadRow, TrainingRows
+from hico.train.parts import parameter_groups
+from hico.train.throughput import FlopCounter, Meter, TokenLoss, losses_by_modality
+
+logger = logging.getLogger(__name__)
+
+
+class HicoTrainer(Trainer):
+    """Train one stage.
+
+    What differs from `transformers.Trainer`: the order of batches and every random choice in the data follow from
+    the seed, so that a resumed run goes on with the very next row; parts have learning rates of their own;
+    checkpoints are complete or absent and say what they were trained on; rows that cannot be read are counted;
+    evaluation weighs every learned token alike.
+
+    Args:
+        model: `HicoForConditionalGeneration`, frozen by `hico.train.parts.freeze`, or its peft wrapper.
+        args: training arguments.
+        recipe: of the stage.
+        dataset: training rows.
+        rows: numbers of the rows to train on.
+        lengths: estimated tokens of every row of ``dataset``.
+        eval_dataset: rows to evaluate on, if any.
+        eval_rows: their numbers.
+        eval_lengths: their estimated tokens.
+        flops: counts operations, for the utilisation.
+        peak_tflops: of one device; no utilisation if omitted.
+        manifest: written beside every checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        recipe: Recipe,
+        dataset: TrainingRows,
+        rows,
+        lengths,
+        eval_dataset: TrainingRows | None = None,
+        eval_rows=None,
+        eval_lengths=None,
+        flops: FlopCounter | None = None,
+        peak_tflops: float | None = None,
+        manifest: Mapping[str, Any] | None = None,
+    ):
+        self.recipe, self.rows, self.lengths = recipe, rows, lengths
+        self.eval_rows, self.eval_lengths = eval_rows, eval_lengths
+        self.flops, self.manifest = flops, dict(manifest or {})
+        self.meter = Meter(peak_tflops if flops else None)
+        self.token_loss, self.stop_on_signal = TokenLoss(), StopOnSignal()
+        unwrapped(model).loss_function = self.token_loss
+        collator = Collator(dataset.processor, packing=recipe.packing, blank_image=args.world_size > 1)
+        super().__init__(
+            model,
+            args,
+            data_collator=collator,
+            train_dataset=dataset,
+            eval_dataset=eval_dataset,
+            processing_class=dataset.processor,
+            callbacks=[self.stop_on_signal, _AlignLogs()],
+        )
+        self.bad_rows = BadRows(Path(args.output_dir), args.process_index, recipe.max_bad_fraction)
+        self._since = time.perf_counter()
+        self._visual_ids = dataset.visual_ids
+
+    # Data ---------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> EpochLoader:
+        """Return the loader of this device; accelerate neither shards nor shuffles it again."""
+        return self._loader(
+            self.train_dataset,
+            self.rows,
+            self.lengths,
+            batch_size=self.args.per_device_train_batch_size,
+            seed=self.args.seed,
+        )
+
+    def get_eval_dataloader(self, eval_dataset=None) -> EpochLoader:
+        """Return the loader of this device's share of the held-out rows, in their order."""
+        return self._loader(
+            self.eval_dataset,
+            self.eval_rows,
+            self.eval_lengths,
+            batch_size=self.args.per_device_eval_batch_size,
+            seed=None,
+        )
+
+    def _loader(self, dataset: TrainingRows, rows, lengths, *, batch_size: int, seed: int | None) -> EpochLoader:
+        args, recipe = self.args, self.recipe
+        rule = BatchRule(batch_size, recipe.max_tokens_per_batch, recipe.packing, recipe.group_by_length)
+        sampler = BatchSampler(
+            rule,
+            rows,
+            lengths=lengths[rows],
+            modality=dataset.mixture.modality[rows],
+            seed=seed,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
+        return EpochLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=outlive_sigterm,
+        )
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """Take the batches of one step from the loader, and note how long that took."""
+        start = time.perf_counter()
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.meter.add(wait=time.perf_counter() - start)
+        for batch in batches:
+            left_out = batch.pop("bad_rows")
+            self._count(batch)
+            self.bad_rows.add(left_out, self.state.global_step)
+            self.meter.add(bad_rows=len(left_out))
+        return batches, num_items
+
+    def _count(self, batch: Mapping[str, Tensor]) -> None:
+        rows = row_sizes(batch, self._visual_ids)
+        num_tiles = len(batch["pixel_values"]) if "pixel_values" in batch else 0
+        clips = batch["pixel_values_videos"].shape[:2] if "pixel_values_videos" in batch else (0, 0)
+        self.bad_rows.num_seen += len(rows)
+        self.meter.add(
+            rows=len(rows), tokens=sum(length for length, _ in rows), frames=clips[0] * clips[1] + num_tiles
+        )
+        if self.flops:
+            learned = int((batch["labels"] != -100).sum())
+            self.meter.add(flops=self.flops(rows, num_clips=clips[0], num_tiles=num_tiles, num_learned=learned))
+
+    # Loss ---------------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Return the loss, and add the tokens' losses to those of their modality."""
+        modality = inputs.pop("modality")
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        learned = inputs["labels"][:, 1:] != -100
+        self.meter.add_losses(self.token_loss.last, modality[:, 1:][learned])
+        return result
+
+    def floating_point_ops(self, inputs) -> float:
+        """Say nothing: operations are counted batch by batch in the meter."""
+        return 0.0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Report the meter beside the loss."""
+        if "loss" in logs:
+            now = time.perf_counter()
+            self.meter.add(seconds=now - self._since)
+            self._since = now
+            logs |= self.meter.report(self._sum_over_devices, self.args.world_size)
+        super().log(logs, start_time)
+
+    def _sum_over_devices(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values.to(self.args.device), reduction="sum").cpu()
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Return the mean loss of a learned token of the held-out rows: of all, and per modality."""
+        start, meter = time.perf_counter(), Meter()
+        model = self.model_wrapped
+        was_training = model.training
+        model.eval()
+        for batch in self.get_eval_dataloader():
+            batch = self._prepare_inputs(batch)
+            left_out, modality = batch.pop("bad_rows"), batch.pop("modality")
+            self.bad_rows.add(left_out, self.state.global_step)
+            with self.compute_loss_context_manager():
+                model(**batch, logits_to_keep=1)
+            meter.add_losses(self.token_loss.last, modality[:, 1:][batch["labels"][:, 1:] != -100])
+        model.train(was_training)
+        sums = dict(zip(meter.FIELDS, self._sum_over_devices(meter.sums).tolist(), strict=True))
+        losses, counts = (sum(value for key, value in sums.items() if key.startswith(k)) for k in ("loss_", "count_"))
+        metrics = {f"{metric_key_prefix}_loss": losses / max(counts, 1)}
+        metrics |= losses_by_modality(sums, f"{metric_key_prefix}_")
+        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
+        self._since += metrics[f"{metric_key_prefix}_runtime"]
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # Parts --------------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer, with one group per part."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            groups = parameter_groups(
+                model,
+                learning_rate=self.args.learning_rate,
+                part_learning_rates=self.recipe.part_learning_rates,
+                weight_decay=self.args.weight_decay,
+                decayed=self.get_decay_parameter_names(model),
+            )
+            self.optimizer = kind(groups, **settings)
+        return self.optimizer
+
+    # Checkpoints --------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial) -> str:
+        return str(getattr(self, "_staging", None) or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model, trial) -> None:
+        step, best = self.state.global_step, self.state.best_global_step
+        output_dir = Path(self.args.output_dir)
+        if best:
+            self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{best}")
+        with self.staged(f"checkpoint-{step}") as staged:
+            self._staging = staged.parent
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            if best and self.args.should_save:
+                # The parent class looked for the best checkpoint in the staging folder.
+                self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{best}")
+                self.state.save_to_json(str(staged / "trainer_state.json"))
+        if self.args.should_save:
+            checkpoint.rotate(output_dir, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and unwrapped(self.model) is not self.model:
+            # Adapters are saved without the model's configuration, which a recipe may have changed.
+            unwrapped(self.model).config.save_pretrained(output_dir)
+
+    def save_final(self) -> Path:
+        """Publish the trained model as the stage's result."""
+        with self.staged(checkpoint.FINAL) as staged:
+            self.save_model(str(staged))
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / "trainer_state.json"))
+        return Path(self.args.output_dir) / checkpoint.FINAL
+
+    @contextmanager
+    def staged(self, name: str) -> Iterator[Path]:
+        """Yield a folder to write into; it gets its name when all devices have left the block."""
+        output_dir = Path(self.args.output_dir)
+        staged = output_dir / checkpoint.STAGING / name
+        if self.args.should_save:
+            checkpoint.clean(output_dir)
+            staged.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        yield staged
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoint.publish(staged, output_dir / name, {**self.manifest, "step": self.state.global_step})
+        self.accelerator.wait_for_everyone()
+
+
+class BadRows:
+    """Rows left out so far: logged once each, listed in a file, and too many of them stop the run.
+
+    Args:
+        output_dir: where the list ``bad_rows-<rank>.jsonl`` goes.
+        rank: of this device.
+        limit: share of the rows seen; it is held against 100 rows at least.
+    """
+
+    def __init__(self, output_dir: Path, rank: int, limit: float):
+        self.path, self.limit = output_dir / f"bad_rows-{rank}.jsonl", limit
+        self.num_seen = 0
+        self._listed: list[dict[str, Any]] = []
+
+    def resume(self, step: int) -> None:
+        """Forget rows that were left out after a checkpoint's step; they come again."""
+        if self.path.is_file():
+            entries = [json.loads(line) for line in self.path.read_text().splitlines()]
+            self._listed = [entry for entry in entries if entry["step"] < step]
+            self.num_seen = self._listed[-1]["seen"] if self._listed else 0
+            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in self._listed))
+
+    def add(self, rows: list[BadRow], step: int) -> None:
+        """Count rows left out at a step.
+
+        Raises:
+            RuntimeError: if they are too many.
+        """
+        for row in rows:
+            if row.where not in {entry["where"] for entry in self._listed}:
+                logger.warning("left out the row at %s: %s", row.where, row.reason)
+            self.num_seen += 1
+            self._listed.append({"step": step, "seen": self.num_seen, "where": row.where, "reason": row.reason})
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps(self._listed[-1]) + "\n")
+        count, seen = len(self._listed), max(self.num_seen, 100)
+        if rows and count > self.limit * seen:
+            raise RuntimeError(
+                f"{count} of {self.num_seen} rows could not be read, more than max_bad_fraction {self.limit:g}; they "
+                f"are listed with their reasons in {self.path}. The last: {rows[-1].where}: {rows[-1].reason}"
+            )
+
+
+class StopOnSignal(TrainerCallback):
+    """On SIGTERM, finish the step, save a checkpoint and stop."""
+
+    def __init__(self):
+        self.received = False
+        self._previous = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._previous = signal.signal(signal.SIGTERM, self._note)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if _on_any_device(self.received, args):
+            self.received = True
+            logger.warning("SIGTERM received: saving a checkpoint at step %d, then stopping", state.global_step)
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self._previous)
+
+    def _note(self, number, frame):
+        self.received = True
+
+
+class _AlignLogs(TrainerCallback):
+    """Report whenever a checkpoint is saved, so that a resumed run averages losses over the same steps."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= control.should_save
+
+
+def _on_any_device(flag: bool, args: TrainingArguments) -> bool:
+    if args.world_size == 1:
+        return flag
+    flags = torch.tensor(int(flag), device=args.device)
+    torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+    return bool(flags)
+
+
+def outlive_sigterm(worker: int) -> None:
+    """Let a data worker finish the step that its parent finishes when both get SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return `HicoForConditionalGeneration` from inside a peft wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def row_sizes(batch: Mapping[str, Tensor], visual_ids: Tensor) -> list[tuple[int, int]]:
+    """Return tokens and visual tokens of every row of a batch, padded or packed."""
+    visual = torch.isin(batch["input_ids"], visual_ids)
+    if "position_ids" not in batch:
+        lengths = batch["attention_mask"].sum(dim=1)
+        return list(zip(lengths.tolist(), visual.sum(dim=1).tolist(), strict=True))
+    row_of_token = (batch["position_ids"][0] == 0).cumsum(dim=0) - 1
+    lengths, seen = row_of_token.bincount(), row_of_token[visual[0]]
+    return list(zip(lengths.tolist(), seen.bincount(minlength=len(lengths)).tolist(), strict=True))

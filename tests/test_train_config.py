@@ -1,0 +1,206 @@
+from pathlib import Path
+
+import pytest
+
+from hico.train.config import load_recipes, make_recipe, parse_overrides
+from hico.train.stages import STAGES
+
+RECIPES = Path(__file__).parents[1] / "train"
+MINIMAL = {"name": "s", "model": "m", "output_dir": "o", "data": "d.yaml"}
+
+
+def recipe(**changes):
+    return make_recipe({**MINIMAL, **changes})
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+ALL = ["encoder", "compressor", "projector", "llm"]
+SLOW_ENCODER = {"encoder": 2e-6}
+PUBLISHED = {
+    "stage1": (["compressor", "projector"], 1e-3, {}, "middle", 4, 4, 224, 512, 8192),
+    "stage2": (ALL, 1e-5, SLOW_ENCODER, "dynamic_fps1", 4, 8, 224, 256, 32768),
+    "stage3": (ALL, 1e-5, SLOW_ENCODER, "dynamic_fps1", 64, 512, 224, 256, 32768),
+    "stage4": (ALL[:3], 1e-5, SLOW_ENCODER, "dynamic_fps1", 64, 512, 448, 256, 32768),
+}
+
+
+@pytest.mark.parametrize("stage", PUBLISHED)
+def test_the_recipes_hold_the_published_values(stage, monkeypatch):
+    monkeypatch.setenv("DATA_ROOT", "/data")
+    (found,) = load_recipes(RECIPES / "videochat_flash" / f"{stage}.yaml")
+    assert (
+        found.trainable,
+        found.arguments["learning_rate"],
+        found.part_learning_rates,
+        found.frame_sampling,
+        found.min_frames,
+        found.max_frames,
+        found.image_size,
+        found.global_batch_size,
+        found.max_length,
+    ) == PUBLISHED[stage]
+    common = {key: found.arguments[key] for key in STAGES["align"] if key in found.arguments}
+    assert {"num_train_epochs": 1, "lr_scheduler_type": "cosine", "warmup_steps": 0.03}.items() <= common.items()
+    assert {"weight_decay": 0.0, "bf16": True, "gradient_checkpointing": True}.items() <= common.items()
+    assert Path(found.arguments["deepspeed"]).name == "zero1.json"
+    assert Path(found.arguments["deepspeed"]).is_file()
+    assert found.sampling_strategy == ("random:25%" if stage == "stage4" else "all")
+
+
+@pytest.mark.parametrize("stage", PUBLISHED)
+def test_a_recipe_file_says_what_its_preset_says(stage):
+    (found,) = load_recipes(RECIPES / "videochat_flash" / f"{stage}.yaml")
+    preset = list(STAGES)[int(stage[-1]) - 1]
+    for key, value in STAGES[preset].items():
+        assert (found.arguments.get(key) if key in found.arguments else getattr(found, key)) == value
+
+
+def test_flags_override_the_file_and_the_file_the_preset(tmp_path):
+    path = write(
+        tmp_path, "r.yaml", "extends: align\nmodel: m\noutput_dir: o\ndata: d\nlearning_rate: 5e-4\nmax_frames: 8\n"
+    )
+    (found,) = load_recipes(
+        path, parse_overrides(["--learning_rate", "2e-5", "--packing=false", "--report_to", "none"])
+    )
+    assert found.arguments["learning_rate"] == 2e-5
+    assert (found.max_frames, found.max_length) == (8, 8192)
+    assert found.arguments["report_to"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--learning_rate", "1e-5"], {"learning_rate": 1e-5}),
+        (["--packing"], {"packing": True}),
+        (["--packing", "--seed=7"], {"packing": True, "seed": 7}),
+        (["--part-learning-rates", "{encoder: 2e-6}"], {"part_learning_rates": {"encoder": 2e-6}}),
+        (["--image_size=null"], {"image_size": None}),
+        (["--warmup_steps", "-1"], {"warmup_steps": -1}),
+    ],
+)
+def test_flags_are_read_as_yaml(words, expected):
+    assert parse_overrides(words) == expected
+
+
+def test_a_word_that_is_no_flag_is_an_error():
+    with pytest.raises(ValueError, match="expected a flag"):
+        parse_overrides(["learning_rate"])
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("learning_rat", "learning_rate"),
+        ("max_frame", "max_frames"),
+        ("trainables", "trainable"),
+        ("packin", "packing"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(key, nearest):
+    with pytest.raises(ValueError, match=f"unknown recipe key '{key}'; did you mean '{nearest}'"):
+        recipe(**{key: 1})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"min_frames": 8, "max_frames": 4}, "min_frames 8 and max_frames 4 contradict"),
+        ({"min_frames": 0}, "contradict"),
+        ({"trainable": ["encodr"]}, "did you mean 'encoder'"),
+        ({"trainable": ["projector"], "part_learning_rates": {"encoder": 1e-6}}, "freezes"),
+        ({"part_learning_rates": {"head": 1e-6}}, "part_learning_rates names 'head'"),
+        ({"on_bad_sample": "ignore"}, "on_bad_sample is 'ignore'"),
+        ({"label_scheme": "all"}, "label_scheme is 'all'"),
+        ({"time_message": "medium"}, "time_message"),
+        ({"max_frames": "many"}, "max_frames is 'many', a str"),
+        ({"packing": 1}, "packing is 1, a int"),
+        ({"max_frames": True}, "max_frames is True"),
+        ({"packing": True}, "set max_tokens_per_batch"),
+        ({"packing": True, "max_tokens_per_batch": 65536, "drop_schedule": "uniform@1:0.5"}, "cannot be combined"),
+        ({"max_tokens_per_batch": 100}, "below max_length"),
+        ({"max_tokens_per_batch": 65536, "global_batch_size": 8}, "global_batch_size: null"),
+        ({"eval_fraction": 1.0}, "eval_fraction"),
+        ({"eval_fraction": 0.1, "eval_data": "e.yaml"}, "eval_fraction"),
+        ({"lora": {"r": 4}}, "take 'llm' out"),
+        ({"extends": "aline"}, "did you mean 'align'"),
+    ],
+)
+def test_bad_values_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(**changes)
+
+
+def test_missing_keys_are_listed():
+    with pytest.raises(ValueError, match="lacks model, data"):
+        make_recipe({"name": "s", "output_dir": "o"})
+
+
+@pytest.mark.parametrize(("devices", "steps"), [(1, 8), (2, 4), (8, 1)])
+def test_the_global_batch_sets_the_accumulation(devices, steps):
+    found = recipe(global_batch_size=32, per_device_train_batch_size=4)
+    assert found.gradient_accumulation(devices) == steps
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2}])
+def test_a_global_batch_that_does_not_divide_is_an_error(changes):
+    found = recipe(global_batch_size=32, per_device_train_batch_size=4, **changes)
+    with pytest.raises(ValueError, match="global_batch_size 32 is not"):
+        found.gradient_accumulation(3)
+
+
+def test_a_chain_hands_on_results_and_common_keys(tmp_path):
+    write(tmp_path, "a.yaml", "extends: align\ndata: d\nlearning_rate: 5e-4\n")
+    path = write(
+        tmp_path,
+        "chain.yaml",
+        "model: init\noutput_dir: runs\nbf16: false\nlearning_rate: 9e-4\n"
+        "stages:\n  - a.yaml\n  - {extends: pretrain, data: d}\n",
+    )
+    first, second = load_recipes(path, {"max_steps": 3, "output_dir": "elsewhere"})
+    assert (first.name, first.model, first.output_dir) == ("a", "init", "elsewhere/a")
+    assert (second.name, second.model, second.output_dir) == ("pretrain", "elsewhere/a/final", "elsewhere/pretrain")
+    assert first.arguments["learning_rate"] == 5e-4
+    assert second.arguments["learning_rate"] == 9e-4
+    assert all(r.arguments["bf16"] is False and r.arguments["max_steps"] == 3 for r in (first, second))
+
+
+def test_the_published_chain_is_read(monkeypatch):
+    monkeypatch.setenv("DATA_ROOT", "/data")
+    stages = load_recipes(RECIPES / "videochat_flash" / "all.yaml")
+    assert [stage.name for stage in stages] == ["stage1", "stage2", "stage3", "stage4"]
+    assert [stage.image_size for stage in stages] == [224, 224, 224, 448]
+    assert stages[3].model == "runs/videochat_flash/stage3/final"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stages: []\noutput_dir: o\n", "list recipe files"),
+        ("stages: [a.yaml]\n", "needs an output_dir"),
+        ("output_dir: o\nmodel: m\nstages: [{extends: align, data: d}, {extends: align, data: d}]\n", "two stages"),
+        ("- 1\n", "must hold recipe keys"),
+        ("a: [\n", "is not YAML"),
+        ("data: ${HICO_NO_SUCH_VARIABLE}\n", "HICO_NO_SUCH_VARIABLE"),
+    ],
+)
+def test_bad_recipe_files_are_named(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipes(write(tmp_path, "r.yaml", text))
+
+
+def test_a_missing_recipe_file_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no recipe file .*none\.yaml"):
+        load_recipes(tmp_path / "none.yaml")
+
+
+def test_files_are_looked_for_beside_the_recipe(tmp_path):
+    write(tmp_path, "sub/data.yaml", "datasets: []")
+    path = write(tmp_path, "sub/r.yaml", "model: m\noutput_dir: o\ndata: data.yaml\n")
+    (found,) = load_recipes(path)
+    assert found.data == str(tmp_path / "sub" / "data.yaml")
