@@ -117,7 +117,8 @@ def build_index(source: Source) -> VideoIndex:
         guessed = "avi" in container.format.name and stream.codec_context.name in {"h264", "hevc"}
         timed = not guessed and all(packet.pts is not None for packet in packets)
         shown = [packet for packet in packets if not packet.is_hidden]
-        times = _display_times(packets) if timed else np.arange(len(shown))
+        starts_anywhere = "mpeg" in container.format.name
+        times = _display_times(packets, starts_anywhere=starts_anywhere) if timed else np.arange(len(shown))
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         seconds = (times - times[0]) * float(stream.time_base if timed else 1 / rate)
         duration = float(seconds[-1]) + _last_duration(shown, stream, seconds, rate, timed)
@@ -170,18 +171,18 @@ def _first_frame(packet: av.Packet) -> av.VideoFrame | None:
         return None
 
 
-def _display_times(packets: list[_Packet]) -> np.ndarray:
-    """Sort the shown packets' timestamps; frames before the first keyframe cannot be decoded and are left out."""
+def _display_times(packets: list[_Packet], *, starts_anywhere: bool) -> np.ndarray:
+    """Sort the shown packets' timestamps, without the frames before the first keyframe of a recorded broadcast."""
     shown = {packet.pts for packet in packets if not packet.is_hidden}
-    start = min((packet.pts for packet in packets if packet.is_keyframe), default=min(shown))
+    start = min((packet.pts for packet in packets if packet.is_keyframe and starts_anywhere), default=min(shown))
     return np.array(sorted(pts for pts in shown if pts >= start), dtype=np.int64)
 
 
 def _keyframes(packets: list[_Packet], times: np.ndarray) -> tuple[Keyframe, ...]:
     """Number the keyframes by the frame that they lead to; an edit list may hide the first one itself."""
-    packets = sorted((packet for packet in packets if packet.is_keyframe), key=lambda packet: packet.pts) or packets
-    found = [Keyframe(int(np.searchsorted(times, packet.pts)), packet.pts, packet.dts) for packet in packets]
-    found = [keyframe for keyframe in found if keyframe.position < len(times)]
+    marked = [packet for number, packet in enumerate(packets) if packet.is_keyframe or number == 0]
+    found = [Keyframe(int(np.searchsorted(times, packet.pts)), packet.pts, packet.dts) for packet in marked]
+    found = sorted((start for start in found if start.position < len(times)), key=lambda start: start.pts)
     last_of_position = [a for a, b in pairwise(found) if a.position != b.position]
     return (*last_of_position, found[-1])
 

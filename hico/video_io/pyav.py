@@ -7,6 +7,7 @@ of a run, by draining the decoder as soon as that sample's packet is in.
 
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import chain
 
 import av
@@ -121,15 +122,17 @@ class _Worker:
         """Decode every frame; the nearest good one stands in for a lost sample."""
         previous: tuple[int, av.VideoFrame] | None = None
         here = run.first
-        for time, frame in self._decoder.frames(run.keyframe):
-            while here < run.last and self._pts(here) <= time:
-                if self._pts(here) < time and previous is None:
-                    previous = self._last_before(run.keyframe)
-                self._finish(here, *_nearest(self._pts(here), previous, (time, frame)))
-                here += 1
-            previous = (time, frame)
-            if here == run.last:
-                return
+        # On one thread: with several, FFmpeg gives the frames after a broken one each other's timestamps.
+        with closing(_Decoder(self._source, self._index, 1)) as decoder:
+            for time, frame in decoder.frames(run.keyframe):
+                while here < run.last and self._pts(here) <= time:
+                    if self._pts(here) < time and previous is None:
+                        previous = self._last_before(run.keyframe)
+                    self._finish(here, *_nearest(self._pts(here), previous, (time, frame)))
+                    here += 1
+                previous = (time, frame)
+                if here == run.last:
+                    return
         previous = previous or self._last_before(run.keyframe)
         if previous is None:
             raise VideoError(
@@ -142,8 +145,7 @@ class _Worker:
     def _last_before(self, keyframe: int) -> tuple[int, av.VideoFrame] | None:
         """Return the last good frame before a keyframe, from as far back as it takes."""
         limit = self._index.pts[self._index.keyframes[keyframe].position]
-        decoder = _Decoder(self._source, self._index, self._num_threads)
-        try:
+        with closing(_Decoder(self._source, self._index, 1)) as decoder:
             for earlier in reversed(range(keyframe)):
                 found = None
                 for time, frame in decoder.frames(earlier):
@@ -152,9 +154,7 @@ class _Worker:
                     found = (time, frame)
                 if found is not None:
                     return found
-            return None
-        finally:
-            decoder.close()
+        return None
 
     def _finish(self, here: int, time: int, frame: av.VideoFrame) -> None:
         self.num_lost += time != self._pts(here)
@@ -182,35 +182,40 @@ class _Decoder:
 
         Args:
             keyframe: number of the keyframe to start from.
-            only: timestamps of the frames that matter. Frames that no other needs may be missing, and nothing is
-                decoded after the last one of these. Every frame up to the end if omitted.
+            only: timestamps of the frames that matter. Frames that no other needs may be missing, and decoding ends
+                with the last one of these, or at the first error. If omitted, every good frame up to the end.
         """
         start = self._index.keyframes[keyframe]
         context = self._stream.codec_context
-        may_skip = only is not None and self._index.timed and context.name in SKIPS_UNREFERENCED
-        missing = set(only) if only is not None and self._index.timed else None
+        timed = self._index.timed
+        missing = set(only) if only is not None and timed else None
+        may_skip = missing is not None and context.name in SKIPS_UNREFERENCED
         earliest = start.pts if start.pts is not None else 0
         number = 0
         context.skip_frame = "DEFAULT"
         for packet in chain(self._packets_from(start), [None]):
             if may_skip and packet is not None:
                 context.skip_frame = "DEFAULT" if packet.pts in only else "NONREF"
-            for frame in self._decode(packet):
-                time = frame.pts if self._index.timed else number
+            frames = self._decode(packet)
+            if frames is None and only is not None:
+                return
+            for frame in frames or ():
+                time = frame.pts if timed else number
                 number += 1
                 if time is not None and time >= earliest and not frame.is_corrupt:
                     yield time, frame
             if missing is not None and packet is not None:
                 missing.discard(packet.pts)
                 if not missing:
-                    yield from ((frame.pts, frame) for frame in self._decode(None) if frame.pts in only)
+                    yield from ((frame.pts, frame) for frame in self._decode(None) or ())
                     return
 
-    def _decode(self, packet: av.Packet | None) -> list[av.VideoFrame]:
+    def _decode(self, packet: av.Packet | None) -> list[av.VideoFrame] | None:
+        """Decode a packet, or what is left in the decoder; None if it is broken."""
         try:
             return self._stream.codec_context.decode(packet)
         except av.error.FFmpegError:
-            return []  # Found missing later, by its timestamp.
+            return None
 
     def _packets_from(self, start: Keyframe) -> Iterator[av.Packet]:
         """Return the packets from a keyframe on; what a demuxer gives before it is passed over."""
@@ -251,7 +256,7 @@ class _Decoder:
 def _from(start: Keyframe, packets: Iterator[av.Packet]) -> Iterator[av.Packet] | None:
     """Pass over the packets before a keyframe; None if it is not among them, because the seek went too far."""
     for packet in packets:
-        if start.pts is None or (packet.pts == start.pts and packet.is_keyframe):
+        if start.pts is None or packet.pts == start.pts:
             return chain([packet], packets)
         if None not in (start.dts, packet.dts) and packet.dts > start.dts:
             return None
