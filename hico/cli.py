@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import hico
 
@@ -64,9 +65,9 @@ def video_settings(args: argparse.Namespace) -> dict:
         raise ValueError("--frames and --fps exclude each other; give one of them")
     settings = {"start": args.start, "end": args.end}
     if args.frames is not None:
-        settings |= {"mode": "middle", "num_frames": args.frames}
+        settings["num_frames"] = args.frames
     if args.fps is not None:
-        settings |= {"mode": f"fps{args.fps:g}"}
+        settings["mode"] = f"fps{args.fps:g}"
     return {key: value for key, value in settings.items() if value is not None}
 
 
@@ -74,9 +75,12 @@ def load(model: str, *, device: str | None = None, dtype: str | None = None):
     """Load a model and its processor.
 
     Args:
-        model: a directory, or ``tiny`` for the untrained preset.
+        model: a directory or hub name, or ``tiny`` for the untrained preset.
         device: as torch names it; the best there is if omitted.
         dtype: as torch names it; float32 on CPU and bfloat16 elsewhere if omitted.
+
+    Raises:
+        ValueError: if there is no such model.
     """
     import torch
 
@@ -91,6 +95,8 @@ def load(model: str, *, device: str | None = None, dtype: str | None = None):
             torch.manual_seed(0)
             network = hico.HicoForConditionalGeneration(config)
         processor = hico.HicoProcessor.from_config(config, byte_tokenizer(), video={"max_frames": 64})
+    elif "/" not in model and not Path(model).is_dir():
+        raise ValueError(f"there is no model {model!r}; give a directory, a hub name like 'owner/model', or 'tiny'")
     else:
         network = hico.HicoForConditionalGeneration.from_pretrained(model, dtype=dtype)
         processor = hico.HicoProcessor.from_pretrained(model)

@@ -1,6 +1,8 @@
 """What a model is made of: `HicoConfig` and its presets."""
 
 import json
+import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,7 +11,11 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from hico.llm_dropout import DropSchedule
+from hico.published import is_published, translate
 from hico.registry import COMPRESSORS, ENCODERS
+
+logger = logging.getLogger(__name__)
 
 QWEN2_VIDEO_TOKEN_ID, QWEN2_IMAGE_TOKEN_ID = 151656, 151655
 
@@ -84,6 +90,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "image_layout": "tiles",
     },
 }
+IMAGE_LAYOUTS = ("mosaic", "tiles", "flat")
+_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 class HicoConfig(PreTrainedConfig):
@@ -96,7 +104,8 @@ class HicoConfig(PreTrainedConfig):
         clip_len: frames T that the encoder sees together.
         projector_first: project tokens before compressing them, as LongVA does.
         image_layout: order of the tokens of a tiled image. ``"mosaic"``: thumbnail, then one map across all tiles
-            (VideoChat-Flash). ``"tiles"``: tile after tile, without the thumbnail (LongVA's UniRes).
+            (VideoChat-Flash). ``"tiles"``: tile after tile, without the thumbnail (LongVA's UniRes). ``"flat"``:
+            thumbnail, then tile after tile, none of them compressed (LongVA's other merge type).
         video_token_id: placeholder of a visual token of a video; may lie beyond the vocabulary.
         image_token_id: placeholder of a visual token of an image.
         drop_schedule: progressive visual dropout inside the LLM, see `hico.llm_dropout`; none if omitted.
@@ -131,8 +140,11 @@ class HicoConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.clip_len < 1:
             raise ValueError(f"clip_len is {self.clip_len}; a clip has at least one frame")
-        if self.image_layout not in ("mosaic", "tiles"):
-            raise ValueError(f"unknown image_layout {self.image_layout!r}; use 'mosaic' or 'tiles'")
+        if self.image_layout not in IMAGE_LAYOUTS:
+            raise ValueError(f"unknown image_layout {self.image_layout!r}; use one of {', '.join(IMAGE_LAYOUTS)}")
+        schedule = DropSchedule.parse(self.drop_schedule)
+        schedule.check_depth(self.text_config.num_hidden_layers)
+        self.drop_schedule = str(schedule) if schedule else None
 
     @staticmethod
     def _named(spec: str | Mapping[str, Any], registry) -> dict[str, Any]:
@@ -155,6 +167,22 @@ class HicoConfig(PreTrainedConfig):
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; use one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a configuration, in our layout or in that of VideoChat-Flash or LongVA; see `hico.published`."""
+        # Tokenizers of transformers import its configurations, and this module is imported while those are.
+        from hico.tokenizer import add_placeholders, load_llm_tokenizer
+
+        hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
+        settings, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if is_published(settings):
+            found = translate(settings)
+            for key, value in found.unknown.items():
+                logger.warning("%s: %s = %r is not known and has no effect", pretrained_model_name_or_path, key, value)
+            tokenizer = load_llm_tokenizer(str(pretrained_model_name_or_path), **hub_kwargs)
+            settings = {**found.config, **(add_placeholders(tokenizer) if tokenizer else {})}
+        return settings, kwargs
 
     @property
     def vision(self) -> "VisionSpec":
@@ -205,13 +233,14 @@ class VisionSpec:
             grid: rows and columns of its tiles; ``(0, 0)`` is one tile alone.
         """
         num_tiles = grid[0] * grid[1]
-        if num_tiles and self.image_layout == "mosaic":
+        if num_tiles and self.image_layout != "tiles":
             num_tiles += 1
-        return max(1, num_tiles) * self._num_tokens(1)
+        return max(1, num_tiles) * self._num_tokens(1, compress=self.image_layout != "flat")
 
-    def _num_tokens(self, num_frames: int) -> int:
+    def _num_tokens(self, num_frames: int, *, compress: bool = True) -> int:
         encoder, compressor = self._parts
-        return compressor.num_output_tokens(encoder.grid(num_frames, encoder.image_size, encoder.image_size))
+        grid = encoder.grid(num_frames, encoder.image_size, encoder.image_size)
+        return compressor.num_output_tokens(grid) if compress else math.prod(grid)
 
     @property
     def _parts(self):

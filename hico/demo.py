@@ -45,7 +45,7 @@ def run(
                 say(f"{Path(video).name}, {Path(video).stat().st_size / 1000:.0f} kB")
         vision = processor.vision
         with _step("decode and sample") as say:
-            settings = {**processor.video, **video_settings}
+            settings = processor.video_settings(video_settings)
             frames = read_video(video, size=vision.image_size, clip_len=vision.clip_len, **settings)
             first, last = frames.seconds[0], frames.seconds[-1]
             say(f"{len(frames.frames)} of its frames, {first:.2f} s to {last:.2f} s, {vision.image_size} px")

@@ -9,10 +9,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from hico.configuration_hico import HicoConfig, build_compressor
 from hico.grids import mosaic_order
+from hico.llm_dropout import DropHandle, DropSchedule, add_visual_mask, patch
 from hico.preprocessing import normalize_pixels
 from hico.projector import MLPProjector
 from hico.prompt import IGNORE_INDEX
+from hico.published import KEY_MAPPING
 from hico.registry import ENCODERS
+from hico.rotary import keep_rotary_in_float32
 
 CLIPS_PER_CHUNK = 16
 """Clips that go through the encoder at once; bounds its memory whatever the length of a video."""
@@ -35,6 +38,8 @@ class HicoPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, strict: bool = True, **kwargs):
         """Load a saved model as `transformers.PreTrainedModel.from_pretrained` does, but never half of one.
 
+        Checkpoints of VideoChat-Flash and LongVA are loaded as they are; saved again, they are in our layout.
+
         Args:
             strict: refuse a checkpoint that lacks weights or has others; if False, missing weights are random.
 
@@ -42,6 +47,7 @@ class HicoPreTrainedModel(PreTrainedModel):
             ValueError: if ``strict`` and the weights are not the model's; the message counts and names them.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        kwargs["key_mapping"] = {**KEY_MAPPING, **(kwargs.get("key_mapping") or {})}
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         faults = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected") if info[f"{kind}_keys"]}
         if strict and faults:
@@ -50,6 +56,7 @@ class HicoPreTrainedModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path}: these are not the weights of this {cls.__name__} ({found}); "
                 "check that the config belongs to the weights, or pass strict=False to go on all the same"
             )
+        model._weight_conversions = None  # otherwise transformers 5 saves under the names that were loaded
         return (model, info) if wants_info else model
 
 
@@ -67,7 +74,35 @@ class HicoModel(HicoPreTrainedModel):
         )
         self.projector = MLPProjector(width, llm_width)
         self.language_model = AutoModel.from_config(config.text_config)
+        keep_rotary_in_float32(self.language_model)
+        self._drops: DropHandle | None = None
+        self.set_drop_schedule(config.drop_schedule, **(config.drop_options or {}))
         self.post_init()
+
+    def set_drop_schedule(self, schedule: str | list | None, **options) -> None:
+        """Drop visual tokens between the layers of the LLM from now on; stored in the config.
+
+        Args:
+            schedule: such as ``"uniform@4:0.75,attention@18:0.25"``, see `hico.llm_dropout.DropSchedule`; None drops
+                nothing.
+            options: ``positions``, ``queries``, ``scope`` and ``seed`` of `hico.llm_dropout.patch`.
+
+        Raises:
+            ValueError: if the schedule or an option is not understood or does not fit the LLM.
+        """
+        parsed = DropSchedule.parse(schedule)
+        before, self._drops = self._drops, None
+        if before is not None:
+            before.remove()
+        if parsed:
+            self._drops = patch(self.language_model, parsed, **options)
+        self.config.drop_schedule = str(parsed) if parsed else None
+        self.config.drop_options = options or None
+
+    @property
+    def drops_tokens(self) -> bool:
+        """Whether a drop schedule is in force."""
+        return self._drops is not None
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -75,29 +110,34 @@ class HicoModel(HicoPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
-    def encode(self, clips: Tensor | Iterable[Tensor], *, clips_per_chunk: int = CLIPS_PER_CHUNK) -> Tensor:
+    def encode(
+        self, clips: Tensor | Iterable[Tensor], *, clips_per_chunk: int = CLIPS_PER_CHUNK, compress: bool = True
+    ) -> Tensor:
         """Turn clips into visual tokens, a chunk of clips at a time.
 
         Args:
             clips: ``(N, T, 3, H, W)`` pixels, uint8 or already normalised; or an iterable of such tensors, which is
                 read as it is needed, so that a video of any length takes the memory of one chunk.
             clips_per_chunk: clips encoded at once.
+            compress: if False, leave the compressor out.
 
         Returns:
             ``(N, K, E)``.
         """
         chunks = (part for some in _as_iterable(clips) for part in some.split(clips_per_chunk))
-        tokens = [self._encode_chunk(chunk) for chunk in chunks]
+        tokens = [self._encode_chunk(chunk, compress=compress) for chunk in chunks]
         if not tokens:
             raise ValueError("there are no clips to encode; a video has at least one frame")
         return torch.cat(tokens)
 
-    def _encode_chunk(self, clips_NTCHW: Tensor) -> Tensor:
+    def _encode_chunk(self, clips_NTCHW: Tensor, *, compress: bool) -> Tensor:
         weight = self.projector.mlp[0].weight
         clips_NTCHW = clips_NTCHW.to(weight.device, non_blocking=True)
         if clips_NTCHW.dtype == torch.uint8:
             clips_NTCHW = normalize_pixels(clips_NTCHW, mean=self.encoder.image_mean, std=self.encoder.image_std)
         tokens_NLD = self.encoder(clips_NTCHW.to(weight.dtype))
+        if not compress:
+            return self.projector(tokens_NLD)
         grid = self.encoder.grid(clips_NTCHW.shape[1], *clips_NTCHW.shape[-2:])
         if self.config.projector_first:
             return self.compressor(self.projector(tokens_NLD), grid)
@@ -132,7 +172,7 @@ class HicoModel(HicoPreTrainedModel):
         Returns:
             I tensors ``(tokens, E)``.
         """
-        tokens_MKE = self.encode(pixel_values[:, None])
+        tokens_MKE = self.encode(pixel_values[:, None], compress=self.config.image_layout != "flat")
         grids = [(0, 0)] * len(tokens_MKE) if image_grids is None else [tuple(grid) for grid in image_grids.tolist()]
         counts = [1 + rows * columns for rows, columns in grids]
         if sum(counts) != len(tokens_MKE):
@@ -143,6 +183,8 @@ class HicoModel(HicoPreTrainedModel):
         thumbnail, tiles_MKE = tokens_MKE[0], tokens_MKE[1:]
         if not len(tiles_MKE):
             return thumbnail
+        if self.config.image_layout == "flat":
+            return tokens_MKE.flatten(0, 1)
         if self.config.image_layout == "tiles":
             return tiles_MKE.flatten(0, 1)
         return torch.cat([thumbnail, mosaic_order(tiles_MKE, rows=grid[0], columns=grid[1])])
@@ -212,6 +254,7 @@ class HicoModel(HicoPreTrainedModel):
         video_num_clips: Tensor | None = None,
         visual_embeds: Sequence[Tensor] | None = None,
         visual_mask: Tensor | None = None,
+        labels: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
@@ -220,6 +263,10 @@ class HicoModel(HicoPreTrainedModel):
         Args:
             input_ids: ``(B, S)``; or give ``inputs_embeds`` and ``visual_mask``, as `embed` returns them.
             attention_mask: ``(B, S)``, 0 where padded, on either side.
+            labels: ``(B, S)``, read only to find the tokens whose attention decides what is dropped.
+
+        Returns:
+            The LLM's output. If visual tokens were dropped, its ``drop_plan`` says which are left.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -232,6 +279,8 @@ class HicoModel(HicoPreTrainedModel):
                 video_num_clips=video_num_clips,
                 visual_embeds=visual_embeds,
             )
+        if self._drops is not None:
+            kwargs |= {"visual_mask": visual_mask, "labels": labels}
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -259,6 +308,10 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
 
+    def set_drop_schedule(self, schedule: str | list | None, **options) -> None:
+        """See `HicoModel.set_drop_schedule`."""
+        self.model.set_drop_schedule(schedule, **options)
+
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
@@ -285,6 +338,8 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Predict the next tokens, and the loss if there are labels; see `HicoModel.forward`.
 
+        Where visual tokens are dropped, logits and loss are those of the tokens that are left.
+
         Args:
             labels: ``(B, S)`` token ids, -100 where nothing is to be learned.
             logits_to_keep: how many of the last positions get logits, or which; 0 is all. If omitted, all, except in
@@ -302,6 +357,7 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, GenerationMixin):
             video_num_clips=video_num_clips,
             visual_embeds=visual_embeds,
             visual_mask=visual_mask,
+            labels=labels,
             use_cache=use_cache,
             **kwargs,
         )
@@ -311,7 +367,8 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, GenerationMixin):
             keep = logits_to_keep or 0
             logits = self.lm_head(hidden_BSE[:, slice(-keep, None) if isinstance(keep, int) else keep])
         if labels is not None:
-            loss = self._loss(hidden_BSE, labels, **kwargs)
+            plan = getattr(outputs, "drop_plan", None)
+            loss = self._loss(hidden_BSE, labels if plan is None else plan.gather(labels, fill=IGNORE_INDEX), **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -338,10 +395,23 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, GenerationMixin):
         Args:
             inputs: ``(B, S)`` prompt, or ``input_ids`` by name.
             kwargs: what `HicoModel.embed` and ``GenerationMixin.generate`` take.
+
+        Raises:
+            ValueError: if a prompt with videos or images is to be read in chunks, which transformers cannot.
         """
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        settings = kwargs.get("generation_config") or self.generation_config
+        # A placeholder stands for pixels that were given; an answer holds none.
+        placeholders = {self.config.video_token_id, self.config.image_token_id}
+        suppressed = {*(kwargs.get("suppress_tokens", settings.suppress_tokens) or ()), *placeholders}
+        kwargs["suppress_tokens"] = sorted(token for token in suppressed if token < self.lm_head.out_features)
         visuals = {name: kwargs.pop(name, None) for name in VISUAL_INPUTS}
         if any(value is not None for value in visuals.values()):
+            if kwargs.get("prefill_chunk_size", settings.prefill_chunk_size):
+                raise ValueError(
+                    "transformers cannot read prompts with videos or images in chunks; leave prefill_chunk_size unset "
+                    "(videos are encoded in chunks all the same)"
+                )
             embeds, visual_mask = self.model.embed(input_ids.to(self.device), **visuals)
             kwargs.update(inputs_embeds=embeds, visual_mask=visual_mask)
         return super().generate(input_ids, **kwargs)
@@ -352,8 +422,8 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, GenerationMixin):
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
-        if is_first_iteration:
-            model_inputs["visual_mask"] = visual_mask
+        if self.model.drops_tokens:
+            model_inputs = add_visual_mask(model_inputs, visual_mask, is_prefill=is_first_iteration)
         return model_inputs
 
 

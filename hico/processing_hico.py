@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+from transformers import AutoProcessor, BatchFeature, PreTrainedConfig, ProcessorMixin
 
 from hico.configuration_hico import HicoConfig, VisionSpec
 from hico.grids import anyres_grids, unires_grids
@@ -20,7 +20,9 @@ from hico.prompt import (
     insert_time_message,
     time_message,
 )
-from hico.video_io import Video, VideoStream, read_video
+from hico.published import is_published, translate
+from hico.tokenizer import add_placeholders, load_llm_tokenizer
+from hico.video_io import Video, VideoInfo, VideoStream, read_video
 
 IMAGE_GRIDS = {
     "single": lambda: [],
@@ -40,7 +42,8 @@ class HicoProcessor(ProcessorMixin):
         vision: a `VisionSpec` or its fields; taken from the model's configuration by `from_config`.
         video: settings for `hico.video_io.read_video`, for videos whose message sets nothing else.
         time_message: ``"short"``, ``"long"`` or ``None``, see `hico.prompt.time_message`.
-        image_tiling: ``"single"``, ``"anyres_nopad"`` or ``"unires"``.
+        image_tiling: ``"single"``, ``"anyres_nopad"`` or ``"unires"``, or the grids to choose from as a list of
+            ``(columns, rows)``.
         chat_template: Jinja template; ChatML if neither it nor the tokenizer has one.
 
     Raises:
@@ -53,11 +56,11 @@ class HicoProcessor(ProcessorMixin):
         vision: VisionSpec | Mapping[str, Any] | None = None,
         video: Mapping[str, Any] | None = None,
         time_message: str | None = "short",
-        image_tiling: str = "anyres_nopad",
+        image_tiling: str | Sequence[tuple[int, int]] = "anyres_nopad",
         chat_template: str | None = None,
     ):
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template or CHAT_TEMPLATE)
-        if image_tiling not in IMAGE_GRIDS:
+        if isinstance(image_tiling, str) and image_tiling not in IMAGE_GRIDS:
             raise ValueError(f"unknown image_tiling {image_tiling!r}; use one of {', '.join(IMAGE_GRIDS)}")
         known = tokenizer.get_vocab()
         missing = [token for token in (VIDEO_TOKEN, IMAGE_TOKEN) if token not in known]
@@ -74,9 +77,28 @@ class HicoProcessor(ProcessorMixin):
     @classmethod
     def from_config(cls, config: HicoConfig, tokenizer, **settings: Any) -> "HicoProcessor":
         """Make the processor that goes with a model's configuration."""
-        if config.image_layout == "tiles":
+        if config.image_layout != "mosaic":
             settings.setdefault("image_tiling", "unires")
         return cls(tokenizer, vision=config.vision, **settings)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs: Any) -> "HicoProcessor":
+        """Load a saved processor, or make the one that goes with a checkpoint of VideoChat-Flash or LongVA.
+
+        Raises:
+            ValueError: if a published checkpoint has no tokenizer.
+        """
+        path = str(pretrained_model_name_or_path)
+        published, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
+        if not is_published(published):
+            return super().from_pretrained(path, **kwargs)
+        tokenizer = load_llm_tokenizer(path, **kwargs)
+        if tokenizer is None:
+            raise ValueError(f"{path} has no tokenizer; put the files of the LLM's tokenizer beside its config.json")
+        add_placeholders(tokenizer)
+        tokenizer.padding_side = "left"
+        settings = {"chat_template": CHAT_TEMPLATE, **translate(published).processor}
+        return cls.from_config(HicoConfig.from_pretrained(path, **kwargs), tokenizer, **settings)
 
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
@@ -184,13 +206,31 @@ class HicoProcessor(ProcessorMixin):
     def _open(self, video: Any, video_kwargs: Mapping[str, Any]) -> Video | VideoStream:
         if isinstance(video, (Video, VideoStream)):
             return video
+        if isinstance(video, (list, tuple)):
+            video = resize_frames(video, self.vision.image_size)
         if isinstance(video, Tensor):
             # Frames without a clock: they are taken to be one second apart, as in a folder of images.
-            return Video(
-                frames=video, seconds=torch.arange(len(video), dtype=torch.float64), duration=float(len(video))
-            )
-        settings = {**self.video, **video_kwargs}
+            seconds = torch.arange(len(video), dtype=torch.float64)
+            info = VideoInfo("frames", len(video), 1.0, float(len(video)), *video.shape[:-3:-1], 0, "frames")
+            return Video(video, seconds, info, start=0.0, duration=info.duration)
+        settings = self.video_settings(video_kwargs)
         return read_video(video, size=self.vision.image_size, clip_len=self.vision.clip_len, **settings)
+
+    def video_settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Complete settings of `read_video` from the processor's own.
+
+        Args:
+            given: what this video asks for; None is no wish. A number of frames, a rate or a mode replaces all that
+                the processor says about how many frames there are.
+        """
+        given = {name: value for name, value in given.items() if value is not None}
+        own = dict(self.video)
+        if given.keys() & {"mode", "num_frames", "fps"}:
+            replaced = {"mode", "num_frames", "fps", "min_frames", "max_frames"}
+            if "num_frames" in own and "num_frames" in given:
+                replaced.discard("mode")  # it takes a number of frames, so it takes another one too
+            own = {name: value for name, value in own.items() if name not in replaced}
+        return own | given
 
     def _video_text(self, video: Video | VideoStream) -> str:
         num_frames = len(video.seconds)
@@ -203,8 +243,9 @@ class HicoProcessor(ProcessorMixin):
         return split_clips(frames_FCHW, self.vision.clip_len)
 
     def _tile(self, images: Sequence[Any]) -> tuple[list[Tensor], list[tuple[int, int]]]:
-        candidates = IMAGE_GRIDS[self.image_tiling]()
-        fit = "pad" if self.image_tiling == "unires" else "stretch"
+        tiling = self.image_tiling
+        candidates = IMAGE_GRIDS[tiling]() if isinstance(tiling, str) else tiling
+        fit = "stretch" if self.vision.image_layout == "mosaic" else "pad"
         cut = [cut_tiles(_open_image(image), self.vision.image_size, grids=candidates, fit=fit) for image in images]
         return [tiles for tiles, _ in cut], [grid for _, grid in cut]
 

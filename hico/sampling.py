@@ -64,13 +64,15 @@ def sample_frames(
       with ``rate``, that many per second, whatever the length. Whole clips.
     * ``dynamic_fps1``: 1 frame per second, in whole clips.
     * ``middle`` and ``rand``: ``num_frames``.
+    * ``linspace``: ``num_frames`` at even distances from the very first to the very last, as LongVA
+      (arXiv:2406.16852) samples; not one per interval.
     * ``fpsX``, such as ``fps2`` or ``fps0.5``: the frames nearest to the times 1/2X, 3/2X, 5/2X ... seconds.
 
     Args:
         num_source_frames: frames that the video has (at least 1).
         fps: frames per second of the video.
         mode: one of the above; if omitted, ``middle`` where ``num_frames`` is given and ``dual`` where it is not.
-        num_frames: frames wanted, for ``middle`` and ``rand`` only.
+        num_frames: frames wanted, for ``middle``, ``rand`` and ``linspace`` only.
         rate: frames per second wanted, for ``dual`` only.
         min_frames: fewest frames; 64 for ``dual`` without ``rate`` and ``dynamic_fps1``, 1 otherwise.
         max_frames: most frames; 512 for ``dual`` and ``dynamic_fps1``, no limit otherwise. 0 or less is no limit.
@@ -191,9 +193,13 @@ def _random(request: _Request, num_frames: int) -> np.ndarray:
     return starts + np.floor(draws * (ends - starts)).astype(np.int64)
 
 
+def _from_end_to_end(request: _Request, num_frames: int) -> np.ndarray:
+    return np.linspace(0, request.num_source_frames - 1, num_frames).astype(np.int64)
+
+
 @dataclass(frozen=True)
 class _Intervals:
-    """Modes that take one frame of each of equally long intervals."""
+    """Modes that take a number of frames, most of them one of each of equally long intervals."""
 
     count: Callable[[_Request], int]
     place: Callable[[_Request, int], np.ndarray]
@@ -234,6 +240,7 @@ class _AtTimes:
 _RULES = {
     "middle": _Intervals(_num_requested, _middles, whole_clips=False, settings=frozenset({"num_frames", "fix_start"})),
     "rand": _Intervals(_num_requested, _random, whole_clips=False, settings=frozenset({"num_frames"})),
+    "linspace": _Intervals(_num_requested, _from_end_to_end, whole_clips=False, settings=frozenset({"num_frames"})),
     "dual": _Intervals(
         _num_dual,
         _middles,

@@ -40,13 +40,12 @@ class Session:
         self.model, self.processor = model, processor
         self.messages: list[dict[str, Any]] = []
         vision = processor.vision
-        settings = {**processor.video, **video_settings}
         with stream_video(
             video,
             size=vision.image_size,
             clip_len=vision.clip_len,
             chunk_frames=CLIPS_PER_CHUNK * vision.clip_len,
-            **settings,
+            **processor.video_settings(video_settings),
         ) as self.video:
             self.visual_tokens = self._encode(progress)
 

@@ -1,7 +1,8 @@
-"""A tokenizer that needs no file: one token per byte, for tiny models and tests."""
+"""Tokenizers with placeholders: one that needs no file, for tiny models and tests, and those of LLMs."""
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 
 from hico.prompt import CHAT_TEMPLATE, IMAGE_TOKEN, VIDEO_TOKEN
 
@@ -22,6 +23,31 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         padding_side="left",
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def add_placeholders(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Give a tokenizer the placeholders that it lacks, on the next free ids.
+
+    Returns:
+        ``video_token_id`` and ``image_token_id``, as `HicoConfig` takes them.
+    """
+    known = tokenizer.get_vocab()
+    missing = [token for token in (VIDEO_TOKEN, IMAGE_TOKEN) if token not in known]
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing], special_tokens=True)
+    video_id, image_id = tokenizer.convert_tokens_to_ids([VIDEO_TOKEN, IMAGE_TOKEN])
+    return {"video_token_id": video_id, "image_token_id": image_id}
+
+
+def load_llm_tokenizer(path: str, **hub_kwargs) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer that lies beside an LLM, or None if there is none.
+
+    Args:
+        path: a folder or the name of a repository.
+        hub_kwargs: for ``AutoTokenizer.from_pretrained``, such as ``revision``.
+    """
+    files = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
+    found = [cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs) for name in files]
+    return AutoTokenizer.from_pretrained(path, **hub_kwargs) if any(found) else None
 
 
 def _byte_characters() -> dict[str, int]:

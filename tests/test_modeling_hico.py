@@ -108,6 +108,21 @@ def test_generation_of_a_batch_equals_its_rows_and_greedy_equals_argmax(model):
         assert logits[-5:].argmax(-1).tolist() == single[-5:].tolist()
 
 
+def test_an_answer_holds_no_placeholder(model):
+    ids = prompt(1, 2, 3)[None]
+    before = model.lm_head.weight[VIDEO].clone()
+    with torch.no_grad():
+        model.lm_head.weight[VIDEO] *= 100
+    settings = {"max_new_tokens": 20, "do_sample": True, "eos_token_id": None, "pad_token_id": 256}
+    try:
+        for suppress_tokens in (None, [5]):
+            answer = model.generate(ids, suppress_tokens=suppress_tokens, **settings)[0, 3:].tolist()
+            assert not {VIDEO, IMAGE, *(suppress_tokens or ())} & set(answer)
+    finally:
+        with torch.no_grad():
+            model.lm_head.weight[VIDEO] = before
+
+
 def test_beams_encode_a_video_once(model):
     calls = []
     handle = model.model.encoder.register_forward_hook(lambda *_: calls.append(1))

@@ -249,18 +249,36 @@ class _PrepareInputs:
 
     def __call__(self, *args: Any, visual_mask: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:
         model_inputs = type(self._model).prepare_inputs_for_generation(self._model, *args, **kwargs)
-        if visual_mask is None:
-            return model_inputs
-        inputs = model_inputs.get("inputs_embeds")
-        length = (model_inputs["input_ids"] if inputs is None else inputs).shape[1]
-        cache = model_inputs.get("past_key_values")
-        if cache is not None and not kwargs.get("is_first_iteration", False):
-            if cache.get_seq_length() < visual_mask.shape[1]:
-                raise ValueError(
-                    "a prefill in chunks would drop other visual tokens than a whole one; "
-                    "leave prefill_chunk_size unset, or remove the drop schedule"
-                )
-            return model_inputs
-        # Without a cache every step sees the whole sequence, generated tokens included.
-        new = max(0, length - visual_mask.shape[1]) if cache is None else 0
-        return {**model_inputs, "visual_mask": nn.functional.pad(visual_mask, (0, new))[:, -length:]}
+        return add_visual_mask(model_inputs, visual_mask, is_prefill=kwargs.get("is_first_iteration", False))
+
+
+def add_visual_mask(model_inputs: dict[str, Any], visual_mask: Tensor | None, *, is_prefill: bool) -> dict[str, Any]:
+    """Add ``visual_mask`` to what ``prepare_inputs_for_generation`` made, in the steps that need it.
+
+    Args:
+        model_inputs: of one step.
+        visual_mask: ``(B, S)`` of the prompt, or of the part of it that no cache has seen yet; or None.
+        is_prefill: whether this is the first step.
+
+    Raises:
+        ValueError: if the prefill is cut into chunks, which would drop other tokens than a whole one.
+    """
+    if visual_mask is None:
+        return model_inputs
+    inputs = model_inputs.get("inputs_embeds")
+    length = (model_inputs["input_ids"] if inputs is None else inputs).shape[1]
+    cache = model_inputs.get("past_key_values")
+    if cache is None:  # every step sees the whole sequence, generated tokens included
+        return {
+            **model_inputs,
+            "visual_mask": nn.functional.pad(visual_mask, (0, length - visual_mask.shape[1])),
+        }
+    num_seen = cache.get_seq_length()
+    if is_prefill and visual_mask.shape[1] in (length, num_seen + length):
+        return {**model_inputs, "visual_mask": visual_mask[:, -length:]}
+    if num_seen < visual_mask.shape[1]:
+        raise ValueError(
+            f"visual_mask has {visual_mask.shape[1]} tokens, but the prefill starts with {length}; chunks would drop "
+            "other tokens than a whole prefill, so leave prefill_chunk_size unset"
+        )
+    return model_inputs

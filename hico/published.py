@@ -1,0 +1,362 @@
+"""How VideoChat-Flash and LongVA write a model down: the keys of their configuration, the names of their tensors.
+
+A configuration is only read: what it names is looked up in tables here, and never imported.
+
+Source: the layouts of the releases of Li et al., "VideoChat-Flash", arXiv:2501.00574, and Zhang et al., "LongVA",
+arXiv:2406.16852.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hico.grids import anyres_grids, unires_grids
+from hico.llm_dropout.schedule import DropSchedule
+
+VIDEOCHAT_FLASH, LONGVA = "videochat-flash", "longva"
+
+_VISION_AND_TEXT = (
+    ("model.vision_tower.vision_tower.vision_model.", "model.encoder.vision_model."),
+    ("model.vision_tower.vision_tower.encoder.", "model.encoder."),
+    ("lm_head.", "lm_head."),
+    ("model.", "model.language_model."),
+)
+RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
+    VIDEOCHAT_FLASH: (("model.mm_projector.mlp.", "model.projector.mlp."), *_VISION_AND_TEXT),
+    LONGVA: (("model.mm_projector.", "model.projector.mlp."), *_VISION_AND_TEXT),
+}
+"""System -> prefixes of tensor names, published and ours. The first that fits counts, in both directions."""
+
+KEY_MAPPING = {
+    r"^model\.vision_tower\.vision_tower\.encoder\.": "model.encoder.",
+    r"^model\.vision_tower\.vision_tower\.vision_model\.": "model.encoder.vision_model.",
+    r"^model\.mm_projector\.mlp\.": "model.projector.mlp.",
+    r"^model\.mm_projector\.(?=\d)": "model.projector.mlp.",
+    r"^model\.(?=(?:embed_tokens|layers|norm)\.)": "model.language_model.",
+}
+"""The same for ``transformers.PreTrainedModel.from_pretrained``; leaves our own names as they are."""
+
+SIZES_KEY = "_tiny_tower_sizes_not_in_official_config"
+"""The published code fixes the sizes of its towers. A checkpoint with another tower says here how it was made:
+``img``, ``dim``, ``depth``, ``heads``, and where needed ``patch`` and ``mlp`` (the inner width)."""
+
+_TOWERS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("umt-hd", {"name": "umt", "image_size": 448}),
+    ("umt", {"name": "umt", "image_size": 224}),
+    ("clip-vit-large-patch14-336", {"name": "clip", "image_size": 336}),
+    ("clip-vit-large-patch14", {"name": "clip", "image_size": 224}),
+    ("siglip-so400m-patch14-384", {"name": "siglip", "image_size": 384}),
+)
+"""Part of a tower's name -> our encoder. Tried in this order."""
+
+_SIZE_NAMES = {
+    "umt": {"img": "image_size", "dim": "hidden_size", "depth": "depth", "heads": "num_heads", "patch": "patch_size"},
+    "clip": {
+        "img": "image_size",
+        "dim": "hidden_size",
+        "depth": "depth",
+        "heads": "num_heads",
+        "patch": "patch_size",
+        "mlp": "intermediate_size",
+    },
+}
+_SIZE_NAMES["siglip"] = _SIZE_NAMES["clip"]
+
+TEXT_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "use_sliding_window",
+    "sliding_window",
+    "max_window_layers",
+    "layer_types",
+    "attention_dropout",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+"""Keys of the LLM, the same in the published configuration and in that of Qwen2."""
+
+_IGNORED = {
+    "names Python code, and a configuration does not choose what is imported": ("architectures", "auto_map"),
+    "says how the file was written": ("transformers_version", "_name_or_path", "name_or_path", "_attn_implementation"),
+    "sets training, not the model": (
+        "delay_load",
+        "freeze_mm_mlp_adapter",
+        "freeze_mm_vision_resampler",
+        "gradient_checkpointing",
+        "mm_close_init",
+        "mm_projector_lr",
+        "mm_tunable_parts",
+        "mm_vision_tower_lr",
+        "pos_skipping_range",
+        "pretrain_mm_mlp_adapter",
+        "tune_mm_mlp_adapter",
+        "tune_mm_vision_resampler",
+        "unfreeze_language_model",
+        "unfreeze_mm_vision_tower",
+        "use_pos_skipping",
+    ),
+    "the tower's weights stand in the checkpoint": ("vision_tower_pretrained",),
+    "the placeholders are tokens of the tokenizer": ("mm_use_im_patch_token",),
+    "a prompt is never cut": ("tokenizer_model_max_length",),
+    "padding on the left changes no token, and lets a batch generate": ("tokenizer_padding_side",),
+    "this projector adds no positions": ("mm_pos_num_frames",),
+    "this projector has no latents": ("mm_num_compress_latents", "mm_num_compress_query_type"),
+    "this tiling does not crop or split": ("image_crop_resolution", "image_split_resolution"),
+    "frames are not tiled": ("frame_grid_pinpoints",),
+    "attention is exact at any length": ("dual_chunk_attention_config",),
+}
+_REASONS = {key: reason for reason, keys in _IGNORED.items() for key in keys}
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A published configuration in our words."""
+
+    system: str
+    """``VIDEOCHAT_FLASH`` or ``LONGVA``."""
+    config: dict[str, Any]
+    """Arguments of `HicoConfig`, without the ids of placeholders."""
+    processor: dict[str, Any]
+    """Arguments of `HicoProcessor.from_config`."""
+    ignored: dict[str, str]
+    """Keys that change nothing here, and why."""
+    unknown: dict[str, Any]
+    """Keys that nobody knows, with their values."""
+
+
+def is_published(config: Mapping[str, Any]) -> bool:
+    """Say whether a ``config.json`` is in the published layout."""
+    return "mm_vision_tower" in config
+
+
+def translate(config: Mapping[str, Any]) -> Translation:
+    """Read a published ``config.json``.
+
+    Every key is used, or ignored for a reason, or reported as unknown.
+
+    Raises:
+        ValueError: if a key asks for what hico has not; the message names the key, its value and what is known.
+    """
+    keys = _Keys(dict(config))
+    system, read = keys.choose("mm_projector_type", _SYSTEMS)
+    text = _text_config(keys)
+    settings, processor = read(keys)
+    dtype = keys.take("torch_dtype", keys.take("dtype"))
+    settings |= {"text_config": text} | ({"dtype": dtype} if dtype else {})
+    for key in [key for key in keys.left if key in _REASONS]:
+        keys.ignore(key, _REASONS[key])
+    return Translation(system, settings, processor, keys.ignored, keys.left)
+
+
+def to_hico(name: str, system: str) -> str | None:
+    """Return our name of a published tensor, or None if it is none of that system."""
+    return _rename(name, RENAMES[system])
+
+
+def to_published(name: str, system: str) -> str | None:
+    """Return the published name of one of our tensors, or None if that system has no such part."""
+    return _rename(name, [(ours, published) for published, ours in RENAMES[system]])
+
+
+def _rename(name: str, prefixes) -> str | None:
+    return next((new + name[len(old) :] for old, new in prefixes if name.startswith(old)), None)
+
+
+@dataclass
+class _Keys:
+    """A configuration that is read key by key; what is left at the end was not understood."""
+
+    left: dict[str, Any]
+    ignored: dict[str, str] = field(default_factory=dict)
+
+    def take(self, key: str, default: Any = None) -> Any:
+        value = self.left.pop(key, None)
+        return default if value is None else value
+
+    def ignore(self, key: str, reason: str) -> None:
+        if key in self.left:
+            del self.left[key]
+            self.ignored[key] = reason
+
+    def choose(self, key: str, choices: Mapping[Any, Any], default: Any = None) -> Any:
+        value = self.take(key, default)
+        if isinstance(value, (list, dict)) or value not in choices:
+            known = ", ".join(map(repr, choices))
+            raise ValueError(f"{key} is {value!r} in this checkpoint, which hico cannot run; it knows {known}")
+        return choices[value]
+
+    def require(self, key: str, *allowed: Any) -> None:
+        """Accept a key that has one value here; the first is what it means to leave the key out."""
+        self.choose(key, dict.fromkeys(allowed), default=allowed[0])
+
+
+def _text_config(keys: _Keys) -> dict[str, Any]:
+    model_type = str(keys.take("model_type", "qwen2"))
+    if "qwen" not in model_type.lower():
+        raise ValueError(f"model_type is {model_type!r}; of the published systems, hico knows those over Qwen2")
+    text = {"model_type": "qwen2"} | {key: keys.left.pop(key) for key in TEXT_KEYS if key in keys.left}
+    scaling = dict(keys.take("rope_scaling", {}))
+    kind = scaling.pop("type", None)
+    rope = {"rope_type": kind or "default", **scaling, "rope_theta": keys.take("rope_theta", 10000.0)}
+    text["rope_parameters"] = {**rope, **keys.take("rope_parameters", {})}
+    return text
+
+
+def _encoder(keys: _Keys) -> dict[str, Any]:
+    name = str(keys.take("mm_vision_tower"))
+    if "internvideo2" in name.lower():
+        raise ValueError(
+            f"mm_vision_tower is {name!r}: hico has no InternVideo2 encoder, so this checkpoint cannot be loaded; "
+            "the releases with a UMT tower can"
+        )
+    known = next((settings for part, settings in _TOWERS if part in name.lower()), None)
+    if known is None:
+        parts = ", ".join(part for part, _ in _TOWERS)
+        raise ValueError(f"mm_vision_tower is {name!r}, which hico cannot run; it knows names with {parts}")
+    encoder = dict(known)
+    sizes = dict(keys.take(SIZES_KEY, {}))
+    names = _SIZE_NAMES[encoder["name"]]
+    if unknown := sorted(set(sizes) - set(names)):
+        raise ValueError(f"{SIZES_KEY} has {unknown}; it may have {', '.join(names)}")
+    encoder |= {names[key]: value for key, value in sizes.items()}
+    encoder[_LAYER_SETTING[encoder["name"]]] = keys.take("mm_vision_select_layer", -2)
+    keys.require("mm_vision_select_feature", "patch")
+    width = keys.take("mm_hidden_size")
+    if width is not None and "hidden_size" in encoder and width != encoder["hidden_size"]:
+        raise ValueError(f"mm_hidden_size is {width}, but {SIZES_KEY} says the tower is {encoder['hidden_size']} wide")
+    return encoder
+
+
+_LAYER_SETTING = {"umt": "return_index", "clip": "feature_layer", "siglip": "feature_layer"}
+
+
+def _videochat_flash(keys: _Keys) -> tuple[dict[str, Any], dict[str, Any]]:
+    encoder = _encoder(keys)
+    keys.require("mm_patch_merge_type", "spatial_nopad")
+    keys.require("mm_newline_position", "nothing")
+    keys.require("vision_encode_type", "video_image")
+    keys.require("frame_aspect_ratio", "square")
+    keys.require("use_mm_proj", True)
+    keys.require("mm_use_im_start_end", False)
+    keys.require("mm_resampler_type", None)
+    for key in ("mm_spatial_pool_mode", "mm_spatial_pool_stride", "mm_spatial_pool_out_channels"):
+        keys.ignore(key, "this projector merges and does not pool")
+    config = {
+        "encoder": encoder,
+        "compressor": {"name": "token_merge", "tokens_per_frame": 16, "tokens_per_image": 64},
+        "clip_len": _clip_len(keys),
+        "projector_first": False,
+        "image_layout": "mosaic",
+        "drop_schedule": _drop_schedule(keys),
+    }
+    tilings = {"anyres_nopad": "anyres_nopad", "square": "single", None: "single"}
+    processor = {
+        "time_message": "short",
+        "video": {"mode": "dynamic_fps1", "min_frames": 64, "max_frames": 512},
+        "image_tiling": _tiling(keys, tilings, tile=encoder["image_size"]),
+    }
+    return config, processor
+
+
+def _longva(keys: _Keys) -> tuple[dict[str, Any], dict[str, Any]]:
+    encoder = _encoder(keys)
+    keys.require("mm_use_im_start_end", False)
+    keys.require("mm_llm_compress", False)
+    keys.require("mm_resampler_type", None, "spatial_pool")
+    keys.ignore("mm_newline_position", "this merge type has no newlines")
+    keys.ignore("mm_spatial_pool_out_channels", "pooling keeps the channels")
+    pooling = {
+        "name": "pooling",
+        "stride": keys.take("mm_spatial_pool_stride", 2),
+        "mode": keys.choose("mm_spatial_pool_mode", {"average": "average", "max": "max"}, default="average"),
+    }
+    config = {
+        "encoder": encoder,
+        "compressor": pooling,
+        "clip_len": 1,
+        "projector_first": True,
+        "image_layout": keys.choose("mm_patch_merge_type", {"unires": "tiles", "flat": "flat"}, default="flat"),
+    }
+    tilings = {"anyres": "unires", "square": "single", None: "single"}
+    processor = {
+        "time_message": None,
+        "video": {"mode": "linspace", "num_frames": 128},
+        "image_tiling": _tiling(keys, tilings, tile=encoder["image_size"]),
+    }
+    return config, processor
+
+
+_SYSTEMS: dict[str, tuple[str, Callable]] = {
+    "tome16_mlp_hd64": (VIDEOCHAT_FLASH, _videochat_flash),
+    "mlp2x_gelu": (LONGVA, _longva),
+}
+"""Type of projector -> system, and how the rest of its configuration is read."""
+
+
+def _clip_len(keys: _Keys) -> int:
+    clip_len = keys.take("mm_local_num_frames", 4)
+    if clip_len < 1:
+        raise ValueError(
+            f"mm_local_num_frames is {clip_len}, which merges all frames of a video together; hico merges clip by "
+            "clip, so set it to the frames per clip, which is 4 in every release"
+        )
+    return clip_len
+
+
+def _drop_schedule(keys: _Keys) -> str | None:
+    names = ("llm_compress_type", "llm_compress_layer_list", "llm_image_token_ratio_list")
+    if not keys.take("mm_llm_compress", False):
+        for name in names:
+            keys.ignore(name, "mm_llm_compress is off")
+        return None
+    defaults = ("attention", [8, 16, 24], [1.0, 0.5, 0.25, 0.125])
+    values = [keys.take(name, default) for name, default in zip(names, defaults, strict=True)]
+    return str(DropSchedule.from_published(*values))
+
+
+def _tiling(keys: _Keys, tilings: Mapping[str | None, str], *, tile: int) -> str | list[tuple[int, int]]:
+    """Read how images are tiled; a tiling that hico has not is reported, and the system's own taken."""
+    name = tilings.get(keys.left.get("image_aspect_ratio"))
+    if name is None:
+        name = next(iter(tilings.values()))
+    else:
+        keys.take("image_aspect_ratio")
+    pinpoints = keys.take("image_grid_pinpoints")
+    if name == "single" or pinpoints is None:
+        return name
+    grids = _parse_pinpoints(pinpoints, tile=tile)
+    named = {"anyres_nopad": anyres_grids(), "unires": unires_grids()}
+    return next((known for known, its_grids in named.items() if sorted(grids) == sorted(its_grids)), grids)
+
+
+def _parse_pinpoints(pinpoints: Any, *, tile: int) -> list[tuple[int, int]]:
+    """Return ``(columns, rows)`` from sizes in pixels, or from a range of grids such as ``(1x1),...,(6x6)``."""
+    if isinstance(pinpoints, str):
+        corners = [(int(columns), int(rows)) for columns, rows in re.findall(r"\((\d+)x(\d+)\)", pinpoints)]
+        if len(corners) == 2:
+            (first_column, first_row), (last_column, last_row) = corners
+            return [
+                (columns, rows)
+                for columns in range(first_column, last_column + 1)
+                for rows in range(first_row, last_row + 1)
+            ]
+        pinpoints = [(int(width), int(height)) for width, height in re.findall(r"\((\d+)\s*,\s*(\d+)\)", pinpoints)]
+    sizes = [(int(width), int(height)) for width, height in pinpoints]
+    if not sizes or any(width % tile or height % tile for width, height in sizes):
+        raise ValueError(
+            f"image_grid_pinpoints has {len(sizes)} sizes, beginning with {sizes[:3]}; give (width, height) in pixels "
+            f"that are multiples of the tower's {tile}"
+        )
+    return [(width // tile, height // tile) for width, height in sizes]
