@@ -1,0 +1,125 @@
+"""From pixels to tokens: the published systems' numbers, through checkpoints in their own layout."""
+
+import re
+
+import pytest
+import torch
+from helpers import golden_cases
+from published import golden_config, write_checkpoint
+
+from hico import HicoConfig, HicoForConditionalGeneration, HicoProcessor
+from hico.published import translate
+from hico.tokenizer import byte_tokenizer
+
+PUBLISHED_PLACEHOLDER = -200
+CASES = [case for case in golden_cases("E") if "input_ids" in case.entry.get("tensors", {})]
+
+pytestmark = pytest.mark.golden
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """Load a case's model from a directory in the published layout; each is loaded once."""
+    models = {}
+
+    def load(case):
+        if case.name not in models:
+            folder = write_checkpoint(tmp_path_factory.mktemp(case.name) / "model", golden_config(case), case.weights)
+            models[case.name] = HicoForConditionalGeneration.from_pretrained(folder)
+        return models[case.name]
+
+    return load
+
+
+def visual_inputs(case, config: HicoConfig) -> dict[str, torch.Tensor]:
+    """Prepare the pixels of a case with the processor that goes with its checkpoint."""
+    settings = translate(golden_config(case)).processor
+    processor = HicoProcessor.from_config(config, byte_tokenizer(), **settings)
+    if "frames_u8" in case.tensors:
+        frames = case["frames_u8"].permute(0, 3, 1, 2)
+        return strip(processor("<|video_pad|>", videos=[frames]))
+    image = case["image_u8"].numpy()
+    if image.shape[:2] == (config.encoder["image_size"],) * 2:
+        processor.image_tiling = "single"  # the reference gave an image of one tile to the tower as it is
+    return strip(processor("<|image_pad|>", images=[image]))
+
+
+def strip(inputs) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+
+
+def prompt(case, config: HicoConfig) -> torch.Tensor:
+    """Write a case's prompt with one of our placeholders per visual token."""
+    ids = case["input_ids"][0]
+    at = int((ids == PUBLISHED_PLACEHOLDER).nonzero())
+    placeholder = config.video_token_id if "frames_u8" in case.tensors else config.image_token_id
+    visual = ids.new_full((len(case["visual_tokens"]),), placeholder)
+    return torch.cat([ids[:at], visual, ids[at + 1 :]])[None]
+
+
+def subsampled(case, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Take of a tensor what the case has of it; the manifest says which in the form ``[:, ::5]``."""
+    _, _, steps = case.entry["tensors"][name]["meaning"].rpartition("[")
+    index = [slice(None, None, int(step)) for step in re.findall(r"::(\d+)", steps)]
+    return tensor[(slice(None), *index)] if tensor.ndim == 3 else tensor[(..., *index)]
+
+
+@each_case
+def test_pixels_are_the_published_ones(case, load):
+    model = load(case)
+    inputs = visual_inputs(case, model.config)
+    seen = []
+    handle = model.model.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        features(model, inputs)
+    handle.remove()
+    pixels = torch.cat(seen)
+    assert list(pixels.shape) == case.config["pixel_values_shape"]
+    case.assert_close(subsampled(case, "pixel_values_sub", pixels), "pixel_values_sub")
+
+
+def features(model, inputs) -> torch.Tensor:
+    encode = model.model.get_video_features if "video_num_clips" in inputs else model.model.get_image_features
+    (tokens,) = encode(*inputs.values())
+    return tokens
+
+
+@each_case
+@torch.no_grad()
+def test_visual_tokens_are_the_published_ones(case, load):
+    model = load(case)
+    encoded = []
+    handle = model.model.encoder.register_forward_hook(lambda module, args, output: encoded.append(output))
+    tokens = features(model, visual_inputs(case, model.config))
+    handle.remove()
+    case.assert_close(subsampled(case, "vision_features", torch.cat(encoded)), "vision_features")
+    case.assert_close(tokens, "visual_tokens")
+
+
+@each_case
+@torch.no_grad()
+def test_logits_and_greedy_tokens_are_the_published_ones(case, load):
+    model = load(case)
+    input_ids, inputs = prompt(case, model.config), visual_inputs(case, model.config)
+    lengths = []
+    handles = [
+        layer.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+        for layer in model.model.language_model.layers
+    ]
+    prefill = model(input_ids=input_ids, **inputs, logits_to_keep=1)
+    for handle in handles:
+        handle.remove()
+    case.assert_close(prefill.logits[0, -1], "prefill_logits_last")
+    case.assert_close(torch.tensor(lengths), "hidden_len_per_layer")
+    generated = model.generate(
+        input_ids,
+        **inputs,
+        do_sample=False,
+        max_new_tokens=len(case["tokens"]),
+        eos_token_id=None,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    case.assert_close(torch.cat(generated.logits), "step_logits")
+    case.assert_close(generated.sequences[0, input_ids.shape[1] :], "tokens")
