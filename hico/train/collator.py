@@ -44,7 +44,8 @@ class Collator:
         for name in PIXELS:
             if values := [row[name] for row in rows if name in row]:
                 batch[name] = torch.cat(values)
-        return {**batch, "bad_rows": bad_rows}
+        # With a cache, transformers takes packed rows for one: it looks for their borders only without.
+        return {**batch, "use_cache": False, "bad_rows": bad_rows}
 
     def _pad(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         pad_id = self.processor.tokenizer.pad_token_id

@@ -53,6 +53,8 @@ class Recipe:
     """Pixels per side that the encoder sees; the checkpoint's if omitted."""
     model_config: dict = field(default_factory=dict)
     """Further changes to the checkpoint's configuration, nested as there."""
+    attn_implementation: str | None = None
+    """Attention of the LLM, as transformers names it (``sdpa``, ``flash_attention_2``); its default if omitted."""
     time_message: str | None = "short"
     """Sentence about duration and sampling after each video: ``short``, ``long`` or nothing."""
     label_scheme: str = "assistant"

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from hico.train.config import PARTS
+
 _PART = re.compile(r"(?:^|\.)model\.(encoder|compressor|projector)\.")
 
 
@@ -36,11 +38,11 @@ def freeze(model: nn.Module, trainable: Sequence[str]) -> None:
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Return per part how many parameters learn, and how many there are."""
-    counts: dict[str, tuple[int, int]] = {}
+    counts = dict.fromkeys(PARTS, (0, 0))
     for name, parameter in model.named_parameters():
         # DeepSpeed's ZeRO-3 leaves an empty tensor in place of a sharded one, and its size beside it.
         size = getattr(parameter, "ds_numel", parameter.numel())
-        learned, total = counts.get(part_of(name), (0, 0))
+        learned, total = counts[part_of(name)]
         counts[part_of(name)] = (learned + size * parameter.requires_grad, total + size)
     return counts
 

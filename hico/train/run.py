@@ -181,19 +181,14 @@ def load_model(recipe: Recipe, config: HicoConfig) -> HicoForConditionalGenerati
     if (Path(recipe.model) / ADAPTER_CONFIG).is_file():
         return load_merged(recipe.model)
     try:
-        model, report = HicoForConditionalGeneration.from_pretrained(
-            recipe.model, config=config, dtype=torch.float32, output_loading_info=True
+        return HicoForConditionalGeneration.from_pretrained(
+            recipe.model, config=config, dtype=torch.float32, attn_implementation=recipe.attn_implementation
         )
     except RuntimeError as error:
-        raise ValueError(f"the weights in {recipe.model} do not fit the configuration: {error}") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[kind]:
-            some = ", ".join(map(str, sorted(report[kind], key=str)[:3]))
-            raise ValueError(
-                f"the weights in {recipe.model} do not fit the configuration: {len(report[kind])} "
-                f"{kind.replace('_', ' ')}, such as {some}; check model_config and the checkpoint"
-            )
-    return model
+        raise ValueError(
+            f"the weights in {recipe.model} are of other sizes than its configuration with the recipe's changes "
+            f"(image_size, model_config) asks for: {error}"
+        ) from error
 
 
 def read_schedule(recipe: Recipe, config: HicoConfig) -> DropSchedule:

@@ -83,6 +83,12 @@ class HicoTrainer(Trainer):
         self._since = time.perf_counter()
         self._visual_ids = dataset.visual_ids
 
+    def train(self, *args, **kwargs):
+        """Train; see `transformers.Trainer.train`."""
+        self._since = time.perf_counter()
+        with self.stop_on_signal.listening():
+            return super().train(*args, **kwargs)
+
     # Data ---------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> EpochLoader:
@@ -322,19 +328,21 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self):
         self.received = False
-        self._previous = None
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._previous = signal.signal(signal.SIGTERM, self._note)
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take note of the signal inside the block."""
+        previous = signal.signal(signal.SIGTERM, self._note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
 
     def on_step_end(self, args, state, control, **kwargs):
         if _on_any_device(self.received, args):
             self.received = True
             logger.warning("SIGTERM received: saving a checkpoint at step %d, then stopping", state.global_step)
             control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGTERM, self._previous)
 
     def _note(self, number, frame):
         self.received = True

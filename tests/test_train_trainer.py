@@ -1,0 +1,577 @@
+import io
+import json
+import os
+import shutil
+import signal
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from train_corpus import make, write_corpus, write_model
+
+from hico import HicoForConditionalGeneration
+from hico.prompt import IGNORE_INDEX, label_mask
+from hico.train import run
+from hico.train.__main__ import main
+from hico.train.checkpoint import checkpoints, is_complete, read_manifest
+from hico.train.collator import Collator
+from hico.train.dataset import BadRow, TrainingRows, label_marks
+from hico.train.decoding import SampleError
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(corpus, tmp_path):
+    """The corpus, in a folder of the test's own."""
+    for path in corpus.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    return tmp_path
+
+
+def trainer_for(recipe):
+    return run.make_trainer(recipe, run.training_arguments(recipe), run.prepare(recipe))
+
+
+def train(recipe):
+    trainer = trainer_for(recipe)
+    trainer.train()
+    return trainer
+
+
+def losses(history):
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+
+def history(final):
+    return json.loads((Path(final) / "trainer_state.json").read_text())["log_history"]
+
+
+def weights(folder):
+    model = HicoForConditionalGeneration.from_pretrained(folder)
+    return dict(model.named_parameters())
+
+
+def examples(recipe, rows=range(12)):
+    prepared = run.prepare(recipe)
+    dataset = TrainingRows(prepared.mixture, prepared.processor, recipe, seed=3)
+    return dataset, [dataset[0, row] for row in rows]
+
+
+def batch_for(recipe, rows=range(6), **options):
+    dataset, some = examples(recipe, rows)
+    batch = Collator(dataset.processor, packing=recipe.packing, **options)(some)
+    batch.pop("bad_rows")
+    return batch
+
+
+def loss_and_gradients(model, batch):
+    model.zero_grad()
+    inputs = {name: value for name, value in batch.items() if name != "modality"}
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+# Going on where a run was left -----------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_after(step, monkeypatch):
+    """Let a run die in the step after ``step``, as abruptly as a test can."""
+    real = run.HicoTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise Killed
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(run.HicoTrainer, "training_step", training_step)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "num_train_epochs": 3},
+        {"dataloader_num_workers": 2, "decode_timeout": 20.0},
+        {"group_by_length": True, "max_tokens_per_batch": 4096, "packing": True, "num_train_epochs": 2},
+    ],
+)
+def test_a_killed_run_goes_on_bit_for_bit(folder, monkeypatch, changes):
+    common = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1, **changes}
+    whole = run.run_stage(make(folder, output_dir=str(folder / "whole"), **common))
+    recipe = make(folder, **common)
+    with monkeypatch.context() as patch:
+        killed_after(3, patch)
+        with pytest.raises(Killed):
+            run.run_stage(recipe)
+    resumed = run.run_stage(recipe)
+    expected, found = losses(history(whole)), losses(history(resumed))
+    assert len(expected) > 3
+    assert found == expected
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, weights(resumed)[name]), name
+
+
+def test_what_was_consumed_is_not_read_again(folder, monkeypatch):
+    recipe = make(folder, save_strategy="steps", save_steps=2, num_train_epochs=2)
+    read = []
+    real = TrainingRows.__getitem__
+    monkeypatch.setattr(TrainingRows, "__getitem__", lambda self, key: (read.append(key), real(self, key))[1])
+    with monkeypatch.context() as patch:
+        killed_after(8, patch)
+        with pytest.raises(Killed):
+            run.run_stage(recipe)
+    consumed = read[: 8 * 2]
+    read.clear()
+    run.run_stage(recipe)
+    assert not set(read) & set(consumed)
+    assert sorted([*consumed, *read]) == [(epoch, row) for epoch in range(2) for row in range(12)]
+
+
+def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(folder, monkeypatch):
+    whole = run.run_stage(make(folder, output_dir=str(folder / "whole")))
+    recipe, real = make(folder), run.HicoTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.HicoTrainer, "training_step", training_step)
+        with pytest.raises(SystemExit) as stopped:
+            run.run_stage(recipe)
+    assert stopped.value.code == run.STOPPED
+    assert [path.name for path in checkpoints(Path(recipe.output_dir))] == ["checkpoint-3"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert losses(history(run.run_stage(recipe))) == losses(history(whole))
+
+
+def test_killed_while_saving_it_goes_on_from_the_one_before(folder, monkeypatch):
+    recipe = make(folder, save_strategy="steps", save_steps=2)
+    real = run.HicoTrainer._save_rng_state
+
+    def save_rng_state(self, output_dir):
+        if self.state.global_step == 4:
+            raise Killed
+        real(self, output_dir)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.HicoTrainer, "_save_rng_state", save_rng_state)
+        with pytest.raises(Killed):
+            run.run_stage(recipe)
+    assert [path.name for path in checkpoints(Path(recipe.output_dir))] == ["checkpoint-2"]
+    assert len(losses(history(run.run_stage(recipe)))) == 6
+    assert not (Path(recipe.output_dir) / ".saving" / "checkpoint-4").exists()
+
+
+def test_a_checkpoint_says_what_it_was_trained_on(folder):
+    recipe = make(folder, save_strategy="steps", save_steps=3, max_steps=3)
+    final = run.run_stage(recipe)
+    for made in (final, *checkpoints(Path(recipe.output_dir))):
+        manifest = read_manifest(made)
+        assert manifest["stage"] == "stage"
+        assert manifest["step"] == 3
+        assert manifest["seed"] == 3
+        assert manifest["datasets"][0]["rows_taken"] == 12
+        assert len(manifest["datasets"][0]["files"][0]["sha256"]) == 64
+
+
+def test_other_data_are_refused_on_resuming(folder, monkeypatch):
+    recipe = make(folder, save_strategy="steps", save_steps=2)
+    with monkeypatch.context() as patch:
+        killed_after(3, patch)
+        with pytest.raises(Killed):
+            run.run_stage(recipe)
+    with pytest.raises(ValueError, match="was trained on other data: seed was 3 and is 4"):
+        run.run_stage(make(folder, save_strategy="steps", save_steps=2, seed=4))
+
+
+# Parts -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_frozen_part_has_no_gradient_and_no_optimizer_state(folder):
+    recipe = make(folder, trainable=["projector"], max_steps=2)
+    trainer = train(recipe)
+    before = weights(folder / "init")
+    _, gradients = loss_and_gradients(trainer.model, batch_for(recipe))
+    for name, parameter in trainer.model.named_parameters():
+        learns = ".projector." in name
+        assert (gradients[name] is not None) == learns
+        assert (parameter in trainer.optimizer.state) == learns
+        assert torch.equal(parameter.data, before[name].data) != learns
+
+
+def test_parts_have_learning_rates_of_their_own(folder):
+    recipe = make(folder, part_learning_rates={"encoder": 1e-3}, weight_decay=0.1)
+    groups = {group["name"]: group for group in trainer_for(recipe).create_optimizer().param_groups}
+    assert {name: group["lr"] for name, group in groups.items()} == {
+        "encoder": 1e-3,
+        "encoder with decay": 1e-3,
+        "projector": 1e-2,
+        "projector with decay": 1e-2,
+        "llm": 1e-2,
+        "llm with decay": 1e-2,
+    }
+    assert all(group["weight_decay"] == (0.1 if "decay" in name else 0.0) for name, group in groups.items())
+    assert all(parameter.dim() > 1 for parameter in groups["llm with decay"]["params"])
+
+
+def test_parts_without_weights_cannot_be_all_that_learns(folder):
+    with pytest.raises(ValueError, match=r"\['compressor'\] have no parameters"):
+        trainer_for(make(folder, trainable=["compressor"]))
+
+
+# Losses ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_of_modalities_adds_up_to_the_loss(folder):
+    trainer = train(make(folder, per_device_train_batch_size=12, max_steps=1))
+    entry = trainer.state.log_history[0]
+    _, some = examples(make(folder))
+    counts = torch.zeros(3)
+    for example in some:
+        counts[example["modality"]] += (example["labels"][1:] != IGNORE_INDEX).sum()
+    parts = torch.tensor([entry[f"loss_{kind}"] for kind in ("text", "image", "video")])
+    assert (parts * counts).sum() / counts.sum() == pytest.approx(entry["loss"], rel=1e-5)
+
+
+def test_accumulated_steps_equal_one_large_batch(folder):
+    large = train(make(folder, per_device_train_batch_size=4, max_steps=3))
+    small = train(make(folder, per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=3))
+    for one, other in zip(large.state.log_history[:3], small.state.log_history[:3], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("rows", [range(6), [0], [2, 5, 8], [0, 3, 6]])
+def test_packing_equals_padding(folder, rows):
+    model = HicoForConditionalGeneration.from_pretrained(folder / "init").train()
+    padded = batch_for(make(folder), rows)
+    packed = batch_for(make(folder, packing=True, max_tokens_per_batch=8192), rows)
+    assert packed["input_ids"].shape[0] == 1
+    assert packed["input_ids"].shape[1] == int(padded["attention_mask"].sum())
+    loss, gradients = loss_and_gradients(model, padded)
+    other_loss, other_gradients = loss_and_gradients(model, packed)
+    torch.testing.assert_close(other_loss, loss)
+    torch.testing.assert_close(other_gradients, gradients)
+
+
+def test_a_packed_row_does_not_see_its_neighbours(folder):
+    model = HicoForConditionalGeneration.from_pretrained(folder / "init").eval()
+    recipe = make(folder, packing=True, max_tokens_per_batch=8192)
+    alone, together = batch_for(recipe, [5]), batch_for(recipe, [2, 5])
+    logits = [
+        model(**{name: batch[name] for name in ("input_ids", "position_ids", "use_cache")}).logits
+        for batch in (alone, together)
+    ]
+    torch.testing.assert_close(logits[1][:, -logits[0].shape[1] :], logits[0])
+
+
+def test_the_blank_image_adds_nothing_and_reaches_every_part(folder):
+    model = HicoForConditionalGeneration.from_pretrained(folder / "init").train()
+    loss, gradients = loss_and_gradients(model, batch_for(make(folder), [2, 5]))
+    with_image, reached = loss_and_gradients(model, batch_for(make(folder), [2, 5], blank_image=True))
+    torch.testing.assert_close(with_image, loss)
+    for name, gradient in reached.items():
+        assert gradient is not None, name
+        expected = torch.zeros_like(gradient) if gradients[name] is None else gradients[name]
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_a_device_without_rows_has_a_batch_that_weighs_nothing(folder):
+    dataset, _ = examples(make(folder), [])
+    batch = Collator(dataset.processor)([BadRow(0, "x", "y")])
+    assert [row.where for row in batch.pop("bad_rows")] == ["x"]
+    assert (batch["labels"] == IGNORE_INDEX).all()
+    model = HicoForConditionalGeneration.from_pretrained(folder / "init").train()
+    from hico.train.throughput import TokenLoss
+
+    model.loss_function = TokenLoss()
+    loss, gradients = loss_and_gradients(model, {**batch, "num_items_in_batch": torch.tensor(10)})
+    assert loss == 0
+    assert all(gradient is not None and not gradient.any() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("scheme", ["assistant", "published", "longva"])
+def test_labels_follow_the_scheme_and_never_fall_on_visual_tokens(folder, scheme):
+    recipe = make(folder, label_scheme=scheme)
+    dataset, some = examples(recipe)
+    marks = label_marks(dataset.processor.tokenizer)
+    for example in some:
+        ids, labels = example["input_ids"], example["labels"]
+        learned = torch.tensor(label_mask(ids.tolist(), scheme=scheme, **marks))
+        learned[0] = False
+        assert torch.equal(labels != IGNORE_INDEX, learned)
+        assert not torch.isin(labels, dataset.visual_ids).any()
+        assert torch.equal(labels[learned], ids[learned])
+
+
+def test_a_row_cut_at_max_length_keeps_its_media_or_is_bad(folder):
+    _, (whole,) = examples(make(folder), [0])
+    length = len(whole["input_ids"])
+    _, (cut,) = examples(make(folder, max_length=length - 3), [0])
+    assert torch.equal(cut["input_ids"], whole["input_ids"][:-3])
+    with pytest.raises(SampleError, match="would cut a video"):
+        examples(make(folder, max_length=30), [0])
+    with pytest.raises(SampleError, match="nothing in its"):
+        examples(make(folder, max_length=length - 15), [0])
+
+
+def test_random_frames_follow_seed_epoch_and_row_alone(folder):
+    recipe = make(folder, max_frames=4)
+    dataset, _ = examples(recipe, [])
+    first = dataset[0, 9]["pixel_values_videos"]
+    dataset[0, 6]
+    assert torch.equal(dataset[0, 9]["pixel_values_videos"], first)
+    assert not torch.equal(dataset[1, 9]["pixel_values_videos"], first)
+
+
+# Evaluation ------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_weighs_tokens_alike_and_the_best_model_is_loaded(folder):
+    recipe = make(
+        folder,
+        eval_data=str(folder / "mix.yaml"),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=4,
+        learning_rate=0.3,
+        lr_scheduler_type="constant",
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        save_total_limit=1,
+    )
+    final = run.run_stage(recipe)
+    evaluations = [entry for entry in history(final) if "eval_loss" in entry]
+    assert {"eval_loss_text", "eval_loss_image", "eval_loss_video"} <= evaluations[0].keys()
+    best = min(evaluations, key=lambda entry: entry["eval_loss"])
+    assert best is not evaluations[-1]
+    model = HicoForConditionalGeneration.from_pretrained(final).eval()
+    dataset, some = examples(make(folder))
+    batch = Collator(dataset.processor)(some)
+    inputs = {name: value for name, value in batch.items() if name not in ("modality", "bad_rows")}
+    assert model(**inputs).loss.item() == pytest.approx(best["eval_loss"], rel=1e-2)
+
+
+def test_held_out_rows_are_not_trained_on(folder, monkeypatch):
+    read = []
+    real = TrainingRows.__getitem__
+    monkeypatch.setattr(TrainingRows, "__getitem__", lambda self, key: (read.append(key[1]), real(self, key))[1])
+    train(make(folder, eval_fraction=0.25, eval_strategy="no"))
+    assert len(set(read)) == len(read) == 9
+
+
+# Rows that cannot be read -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(folder):
+    (folder / "3.mp4").unlink()
+    (folder / "3.mp4").write_bytes(b"no video")
+    return folder
+
+
+def test_a_bad_row_is_an_error_that_names_it(broken):
+    with pytest.raises(SampleError, match=r"row at .*rows\.json:\d+ cannot be read: VideoError: .*3\.mp4"):
+        run.run_stage(make(broken))
+
+
+def test_bad_rows_are_skipped_counted_and_listed(broken, caplog):
+    recipe = make(broken, on_bad_sample="skip", max_bad_fraction=0.5, num_train_epochs=2)
+    final = run.run_stage(recipe)
+    lines = (Path(recipe.output_dir) / "bad_rows-0.jsonl").read_text().splitlines()
+    assert [json.loads(line)["where"].split(":")[0] for line in lines] == [str(broken / "rows.json")] * 2
+    assert "3.mp4" in json.loads(lines[0])["reason"]
+    assert sum("left out the row" in message for message in caplog.messages) == 1
+    assert sum(entry.get("bad_rows", 0) for entry in history(final)) == 2
+
+
+def test_too_many_bad_rows_stop_the_run(broken):
+    with pytest.raises(RuntimeError, match=r"1 of \d+ rows could not be read, more than max_bad_fraction 0\.005"):
+        run.run_stage(make(broken, on_bad_sample="skip", max_bad_fraction=0.005))
+
+
+def test_missing_files_are_an_error_before_the_first_step(folder):
+    (folder / "3.mp4").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 file\(s\) of the mixture are missing: .*3\.mp4"):
+        run.run_stage(make(folder))
+
+
+# Chains ----------------------------------------------------------------------------------------------------------
+
+CHAIN = """
+model: {folder}/init
+output_dir: {folder}/chain
+stages:
+  - {{name: first, trainable: [projector], data: mix.yaml, image_size: 24, max_steps: 2}}
+  - {{name: second, data: mix.yaml, image_size: 48, max_steps: 2}}
+max_frames: 4
+max_length: 2048
+per_device_train_batch_size: 2
+disable_tqdm: true
+decode_timeout: null
+use_cpu: true
+"""
+
+
+def test_a_chain_trains_stage_after_stage_and_skips_finished_ones(folder, capsys):
+    path = folder / "chain.yaml"
+    path.write_text(CHAIN.format(folder=folder))
+    assert main(["--config", str(path)]) == 0
+    first, second = folder / "chain/first/final", folder / "chain/second/final"
+    assert is_complete(first)
+    assert is_complete(second)
+    model = HicoForConditionalGeneration.from_pretrained(second)
+    assert model.config.vision.image_size == 48
+    assert HicoForConditionalGeneration.from_pretrained(first).config.vision.image_size == 24
+    times = [(stage / "model.safetensors").stat().st_mtime_ns for stage in (first, second)]
+    shutil.rmtree(second)
+    assert main(["--config", str(path)]) == 0
+    assert (first / "model.safetensors").stat().st_mtime_ns == times[0]
+    torch.testing.assert_close(dict(model.named_parameters()), weights(second), rtol=0, atol=0)
+
+
+def test_a_dry_run_says_what_would_be_done(folder, capsys):
+    path = folder / "chain.yaml"
+    path.write_text(CHAIN.format(folder=folder))
+    assert main(["--config", str(path), "--dry_run"]) == 0
+    text = capsys.readouterr().out
+    model = HicoForConditionalGeneration.from_pretrained(folder / "init")
+    projector = sum(parameter.numel() for parameter in model.model.projector.parameters())
+    assert f"projector  {projector:>11,} {projector:>12,}" in text
+    assert "stage first" in text
+    assert "stage second" in text
+    assert text.count("steps: 2") == 2
+    assert "rows                                 12           12  all" in text
+    assert "tokens per step" in text
+    assert "GiB" in text
+    assert not (folder / "chain").exists()
+
+
+# Bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "nowhere"}, "starts from nowhere, which does not exist"),
+        ({"frame_sampling": "dynamic_fps1", "max_frames": 10}, "max_frames 10 does not split into clips of 4"),
+        ({"drop_schedule": "uniform@1:1.5"}, r"keeps the ratio 1\.5"),
+        ({"drop_schedule": "uniform@9:0.5"}, "beyond the decoder"),
+        (
+            {
+                "drop_schedule": {
+                    "llm_compress_type": "attention",
+                    "llm_compress_layer_list": [1],
+                    "llm_image_token_ratio_list": [1.0, 1.5],
+                }
+            },
+            r"keeps the ratio 1\.5",
+        ),
+        ({"drop_schedule": {"type": "attention"}}, "not of the published form"),
+        ({"image_size": 25}, "patches of 12"),
+        ({"model_config": {"encoder": {"hidden_size": 32}}}, "other sizes"),
+        ({"data": []}, "no datasets"),
+    ],
+)
+def test_bad_input_is_one_clear_error(folder, changes, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        trainer_for(make(folder, **changes))
+
+
+def test_the_command_line_gives_one_line_and_a_status(folder, capsys):
+    path = folder / "r.yaml"
+    path.write_text("model: nowhere\noutput_dir: out\ndata: mix.yaml\n")
+    assert main(["--config", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("hico.train: stage 'r' starts from nowhere")
+    assert error.count("\n") == 1
+
+
+# Other ways in and out -------------------------------------------------------------------------------------------
+
+
+def test_shards_train_like_files(folder):
+    rows = json.loads((folder / "rows.json").read_text())
+    with tarfile.open(folder / "rows.tar", "w") as tar:
+        for number, row in enumerate(rows):
+            members = {f"{number:03}.json": json.dumps(row).encode()}
+            for name in filter(None, (row.get("video"), row.get("image"))):
+                members[name] = (folder / name).read_bytes()
+            for name, data in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    from_files = train(make(folder))
+    from_shard = train(make(folder, data=[{"json_path": str(folder / "rows.tar")}]))
+    assert losses(from_shard.state.log_history) == losses(from_files.state.log_history)
+
+
+def test_a_drop_schedule_is_one_line(folder):
+    plain = train(make(folder, max_steps=3))
+    dropped = train(make(folder, max_steps=3, drop_schedule="uniform@1:0.5"))
+    assert losses(plain.state.log_history) != losses(dropped.state.log_history)
+    assert all(torch.isfinite(torch.tensor(list(losses(dropped.state.log_history).values()))))
+
+
+def test_gradient_checkpointing_changes_nothing(folder):
+    plain, checkpointed = (train(make(folder, max_steps=3, gradient_checkpointing=on)) for on in (False, True))
+    expected = losses(plain.state.log_history)
+    assert losses(checkpointed.state.log_history) == pytest.approx(expected, rel=1e-5)
+
+
+def test_adapters_learn_are_resumed_and_merged(folder, monkeypatch):
+    pytest.importorskip("peft")
+    from hico.train.lora import merge_lora
+
+    common = {"trainable": ["projector"], "lora": {"r": 2}, "save_strategy": "steps", "save_steps": 2}
+    whole = run.run_stage(make(folder, output_dir=str(folder / "whole"), **common))
+    recipe = make(folder, **common)
+    with monkeypatch.context() as patch:
+        killed_after(3, patch)
+        with pytest.raises(Killed):
+            run.run_stage(recipe)
+    resumed = run.run_stage(recipe)
+    assert losses(history(resumed)) == losses(history(whole))
+    merge_lora(resumed, folder / "merged")
+    before, merged = weights(folder / "init"), weights(folder / "merged")
+    changed = {name for name in merged if not torch.equal(merged[name], before[name])}
+    assert all(".projector." in name or "_proj." in name for name in changed)
+    assert any(".projector." in name for name in changed)
+    assert any("language_model" in name for name in changed)
+    next_stage = train(make(folder, model=str(resumed), output_dir=str(folder / "next"), max_steps=1))
+    same_stage = train(make(folder, model=str(folder / "merged"), output_dir=str(folder / "same"), max_steps=1))
+    assert losses(next_stage.state.log_history) == losses(same_stage.state.log_history)
+
+
+def test_the_utilisation_is_reported_if_the_peak_is_known(folder):
+    trainer = train(make(folder, max_steps=2, peak_tflops=0.1))
+    entry = trainer.state.log_history[0]
+    assert {"rows_per_second", "tokens_per_second", "frames_per_second", "data_wait", "mfu"} <= entry.keys()
+    assert 0 < entry["mfu"] < 1
+    assert 0 <= entry["data_wait"] <= 1
+
+
+def test_a_checkpoint_of_other_sizes_is_refused(folder):
+    write_model(folder / "other", clip_len=2)
+    write_model(folder / "wide")
+    config = json.loads((folder / "wide/config.json").read_text())
+    config["text_config"]["intermediate_size"] = 48
+    (folder / "wide/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="other sizes"):
+        trainer_for(make(folder, model=str(folder / "wide")))
