@@ -63,6 +63,8 @@ class VideoIndex:
         pts: ``(F,)`` int64 presentation timestamps; the frame's number where the file has none (``timed`` is False).
         keyframes: where decoding can start, in display order; the first one leads to frame 0.
         timed: False for a file whose packets carry no usable timestamps; it is decoded in sequence and counted.
+        is_broadcast: whether the container is an MPEG transport or program stream, which has no index to seek by.
+        has_leading: whether frames come after a keyframe in the file and are shown before it (open GOPs).
         num_missing: frames that the header promises and the file does not hold.
     """
 
@@ -72,6 +74,8 @@ class VideoIndex:
     pts: np.ndarray
     keyframes: tuple[Keyframe, ...]
     timed: bool = True
+    is_broadcast: bool = False
+    has_leading: bool = False
     num_missing: int = 0
 
 
@@ -117,8 +121,8 @@ def build_index(source: Source) -> VideoIndex:
         guessed = "avi" in container.format.name and stream.codec_context.name in {"h264", "hevc"}
         timed = not guessed and all(packet.pts is not None for packet in packets)
         shown = [packet for packet in packets if not packet.is_hidden]
-        starts_anywhere = "mpeg" in container.format.name
-        times = _display_times(packets, starts_anywhere=starts_anywhere) if timed else np.arange(len(shown))
+        is_broadcast = "mpeg" in container.format.name
+        times = _display_times(packets, is_broadcast=is_broadcast) if timed else np.arange(len(shown))
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         seconds = (times - times[0]) * float(stream.time_base if timed else 1 / rate)
         duration = float(seconds[-1]) + _last_duration(shown, stream, seconds, rate, timed)
@@ -142,6 +146,8 @@ def build_index(source: Source) -> VideoIndex:
             pts=times,
             keyframes=_keyframes(packets, times) if timed else (Keyframe(0, None, None),),
             timed=timed,
+            is_broadcast=is_broadcast,
+            has_leading=timed and _has_leading(packets),
             num_missing=max(0, promised - len(packets)),
         )
 
@@ -171,10 +177,10 @@ def _first_frame(packet: av.Packet) -> av.VideoFrame | None:
         return None
 
 
-def _display_times(packets: list[_Packet], *, starts_anywhere: bool) -> np.ndarray:
+def _display_times(packets: list[_Packet], *, is_broadcast: bool) -> np.ndarray:
     """Sort the shown packets' timestamps, without the frames before the first keyframe of a recorded broadcast."""
     shown = {packet.pts for packet in packets if not packet.is_hidden}
-    start = min((packet.pts for packet in packets if packet.is_keyframe and starts_anywhere), default=min(shown))
+    start = min((packet.pts for packet in packets if packet.is_keyframe and is_broadcast), default=min(shown))
     return np.array(sorted(pts for pts in shown if pts >= start), dtype=np.int64)
 
 
@@ -185,6 +191,16 @@ def _keyframes(packets: list[_Packet], times: np.ndarray) -> tuple[Keyframe, ...
     found = sorted((start for start in found if start.position < len(times)), key=lambda start: start.pts)
     last_of_position = [a for a, b in pairwise(found) if a.position != b.position]
     return (*last_of_position, found[-1])
+
+
+def _has_leading(packets: list[_Packet]) -> bool:
+    keyframe = None
+    for packet in packets:
+        if packet.is_keyframe:
+            keyframe = packet
+        elif keyframe is not None and packet.pts < keyframe.pts:
+            return True
+    return False
 
 
 def _last_duration(

@@ -27,8 +27,11 @@ class _LibraryReader(Reader):
     name: str
 
     def decode(self, source, index, wanted, sink, *, resizer, num_threads, max_ahead):
-        if not index.timed:
-            raise VideoError(f'{source.name}: has no timestamps to check {self.name} by; use reader="pyav"')
+        if index.is_broadcast or not index.timed:
+            raise VideoError(
+                f"{source.name}: is a broadcast stream or has no timestamps, where {self.name} returns other frames "
+                'than asked for; use reader="pyav"'
+            )
         resize = resizer()
         here = 0
         try:
@@ -66,8 +69,9 @@ class _LibraryReader(Reader):
         try:
             return importlib.import_module(module)
         except (ImportError, RuntimeError, OSError) as error:
+            reason = str(error).splitlines()[0]
             raise ImportError(
-                f'reader="{self.name}" needs the package {self.name}, which cannot be imported ({error}); '
+                f'reader="{self.name}" needs the package {self.name}, which cannot be imported ({reason}); '
                 f'pip install "hico[{self.name}]", or use reader="pyav"'
             ) from error
 
@@ -79,6 +83,11 @@ class DecordReader(_LibraryReader):
 
     def _batches(self, source, index, wanted, num_threads):
         decord = self._import("decord")
+        if index.has_leading:
+            raise VideoError(
+                f"{source.name}: has open GOPs, after whose keyframes decord counts wrongly and returns other frames "
+                'than asked for; use reader="pyav"'
+            )
         # Without a limit decord retries the end of a transport stream for ever.
         os.environ.setdefault("DECORD_EOF_RETRY_MAX", "128")
         # Opened here, in the process that decodes: a reader opened before a fork hangs in the child.
