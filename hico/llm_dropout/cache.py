@@ -57,7 +57,8 @@ class _RemembersTokens:
 
     def reset(self) -> None:
         super().reset()
-        self.held = None
+        if self.get_seq_length() == 0:  # transformers 5.17 zeroes dynamic layers and keeps their length
+            self.held = None
 
 
 class ShortLayer(_RemembersTokens, DynamicLayer):

@@ -104,13 +104,14 @@ class DropPlan:
         self._labels = labels
         self._segments: dict[int, Segment] = {}
         self._held = [read_held(cache, stage.layer) if cache is not None else None for stage in rules.schedule.stages]
-        self._survivors = None if visual_mask is None else self._find_survivors(visual_mask, attention_mask)
-        self.active = bool(self._survivors and self._survivors.any_visual) or any(h is not None for h in self._held)
+        drops = visual_mask is not None and bool(visual_mask.any())
+        self.active = drops or any(held is not None for held in self._held)
         if not self.active:
             return
         if cache is not None:
             check_cache(cache)
         self._attention_mask = self._check_mask(attention_mask)
+        self._survivors = self._find_survivors(visual_mask) if drops else None
         if position_ids is None:
             position_ids = torch.arange(self._length, device=self._device)[None] + self._num_seen
         elif cache is None and attention_mask is None and (position_ids.diff(dim=-1) != 1).any():
@@ -361,7 +362,7 @@ class DropPlan:
             return None
         return getattr(config, "sliding_window", None)
 
-    def _find_survivors(self, visual_mask: Tensor, attention_mask: Any) -> Survivors:
+    def _find_survivors(self, visual_mask: Tensor) -> Survivors:
         shape = (self._batch, self._length)
         for name, given in (("visual_mask", visual_mask), ("labels", self._labels)):
             if given is not None and tuple(given.shape) != shape:
@@ -369,9 +370,12 @@ class DropPlan:
                     f"{name} has shape {tuple(given.shape)} for a call of {shape[0]} rows of {shape[1]} tokens; pass "
                     "the prompt in one piece (no prefill_chunk_size), with one entry per token"
                 )
-        mask = self._check_mask(attention_mask)
-        valid = torch.ones(shape, dtype=torch.bool, device=self._device) if mask is None else mask[:, self._num_seen :]
-        return Survivors(span_ids(visual_mask).to(self._device), valid, scope=self.rules.scope, seed=self.rules.seed)
+        if self._attention_mask is None:
+            valid_BS = torch.ones(shape, dtype=torch.bool, device=self._device)
+        else:
+            valid_BS = self._attention_mask[:, self._num_seen :]
+        spans_BS = span_ids(visual_mask).to(self._device)
+        return Survivors(spans_BS, valid_BS, scope=self.rules.scope, seed=self.rules.seed)
 
     def _check_mask(self, attention_mask: Any) -> Tensor | None:
         expected = (self._batch, self._num_seen + self._length)

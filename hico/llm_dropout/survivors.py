@@ -58,11 +58,6 @@ class Survivors:
         ]
 
     @property
-    def any_visual(self) -> bool:
-        """Whether there is anything to drop."""
-        return any(self.rows)
-
-    @property
     def dropped_BS(self) -> Tensor:
         """Bool, True where a token was dropped; padding never was."""
         return self.valid_BS & ~self.alive_BS
