@@ -1,8 +1,11 @@
 """Vision encoders: the contract that every registered name keeps, the published numbers, and each one's own laws."""
 
 import copy
+import importlib.machinery
 import importlib.util
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -416,6 +419,23 @@ def test_umt_settings_that_cannot_work_are_named():
 def test_flash_attention_without_its_package_says_what_to_install():
     with pytest.raises(ImportError, match="needs the package flash-attn"):
         build("umt", attn_implementation="flash_attention_2")
+
+
+def test_flash_attention_gets_its_axes_in_its_own_order(monkeypatch):
+    """A stand-in with flash-attn's layout, (clips, tokens, heads, channels), gives what sdpa gives."""
+
+    def flash_attn_func(query, key, value):
+        assert query.shape[1:] == (48, 2, 16)
+        heads_first = (x.transpose(1, 2) for x in (query, key, value))
+        return nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+
+    package = types.ModuleType("flash_attn")
+    package.__spec__ = importlib.machinery.ModuleSpec("flash_attn", loader=None)
+    package.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    sdpa, flash = (build("umt", attn_implementation=name).eval() for name in ("sdpa", "flash_attention_2"))
+    clips = clips_for(sdpa)
+    torch.testing.assert_close(flash(clips), sdpa(clips))
 
 
 @pytest.mark.gpu
