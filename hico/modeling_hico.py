@@ -1,6 +1,7 @@
 """`HicoModel` and `HicoForConditionalGeneration`: a stock Hugging Face LLM that sees videos and images."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from hico.prompt import IGNORE_INDEX
 from hico.published import KEY_MAPPING
 from hico.registry import ENCODERS
 from hico.rotary import keep_rotary_in_float32
+from hico.shards import WEIGHT_FILES, check_shards
 
 CLIPS_PER_CHUNK = 16
 """Clips that go through the encoder at once; bounds its memory whatever the length of a video."""
@@ -45,8 +47,12 @@ class HicoPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: if ``strict`` and the weights are not the model's; the message counts and names them.
+            CheckpointError: if a file of weights is missing, damaged, or holds code.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder", ""))
+        if any((folder / name).is_file() for name in WEIGHT_FILES):
+            check_shards(folder)
         kwargs["key_mapping"] = {**KEY_MAPPING, **(kwargs.get("key_mapping") or {})}
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         faults = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected") if info[f"{kind}_keys"]}

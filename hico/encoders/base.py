@@ -1,5 +1,6 @@
 """What every vision encoder offers."""
 
+import re
 from abc import ABC, abstractmethod
 from functools import partial
 
@@ -27,6 +28,8 @@ class VisionEncoder(nn.Module, ABC):
     """Channel means of pixels in [0, 1]."""
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Channel deviations of pixels in [0, 1]."""
+    _keys_to_ignore_on_load_unexpected: tuple[str, ...] = ()
+    """Patterns of the weights that a whole pretrained network has and this encoder does not run; transformers asks."""
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -105,6 +108,21 @@ class FrameEncoder(VisionEncoder):
         num_frames, rows, columns = self.clip_grid(clips_NTCHW)
         tokens = self.vision_model(rearrange(clips_NTCHW, "n t c h w -> (n t) c h w")).last_hidden_state
         return rearrange(tokens[:, -rows * columns :], "(n t) l d -> n (t l) d", t=num_frames)
+
+
+def blocks_beyond(num_blocks: int, *, prefix: str) -> str:
+    """Write the pattern of the weights of blocks that are not built, for ``_keys_to_ignore_on_load_unexpected``."""
+    built = "|".join(map(str, range(num_blocks)))
+    return rf"{re.escape(prefix)}(?!(?:{built})\.)\d+\."
+
+
+def unused_by_frame_encoders(num_layers: int) -> tuple[str, ...]:
+    """List the patterns of weights that a vision model of transformers has beyond ``num_layers`` of its layers."""
+    return (
+        blocks_beyond(num_layers, prefix="vision_model.encoder.layers."),
+        r"vision_model\.(post_layernorm|head)\.",
+        r"vision_model\.embeddings\.position_ids$",
+    )
 
 
 def num_blocks_to_build(depth: int, index: int, *, setting: str) -> int:

@@ -3,7 +3,7 @@
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from hico.encoders.base import FrameEncoder, num_blocks_to_build
+from hico.encoders.base import FrameEncoder, num_blocks_to_build, unused_by_frame_encoders
 
 
 class CLIPEncoder(FrameEncoder):
@@ -63,3 +63,4 @@ class CLIPEncoder(FrameEncoder):
         )
         self.vision_model = CLIPVisionModel(config)
         self.vision_model.post_layernorm = nn.Identity()  # norms the class token, which is dropped
+        self._keys_to_ignore_on_load_unexpected = unused_by_frame_encoders(config.num_hidden_layers)

@@ -3,7 +3,7 @@
 from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from hico.encoders.base import FrameEncoder, num_blocks_to_build
+from hico.encoders.base import FrameEncoder, num_blocks_to_build, unused_by_frame_encoders
 
 
 class SiglipEncoder(FrameEncoder):
@@ -64,3 +64,4 @@ class SiglipEncoder(FrameEncoder):
         )
         self.vision_model = SiglipVisionModel(config)
         self.vision_model.post_layernorm = nn.Identity()  # the output is a hidden state, not the normed one
+        self._keys_to_ignore_on_load_unexpected = unused_by_frame_encoders(config.num_hidden_layers)

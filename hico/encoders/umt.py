@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from hico.encoders.base import Grid, VisionEncoder, num_blocks_to_build
+from hico.encoders.base import Grid, VisionEncoder, blocks_beyond, num_blocks_to_build
 from hico.encoders.vit import Block, PatchEmbed, position_table
 
 
@@ -77,6 +77,7 @@ class UMTEncoder(VisionEncoder):
             for _ in range(num_blocks_to_build(depth, return_index, setting="return_index"))
         )
         self.vision_layernorm = nn.LayerNorm(hidden_size, eps=1e-12)
+        self._keys_to_ignore_on_load_unexpected = (blocks_beyond(len(self.blocks), prefix="encoder.blocks."),)
 
     def grid(self, num_frames: int, height: int, width: int) -> Grid:
         """See ``VisionEncoder.grid``."""

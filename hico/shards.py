@@ -1,0 +1,288 @@
+"""The weight files of a checkpoint: found, checked, and read one tensor at a time.
+
+Nothing that a file says is run or followed out of its folder: pickles may hold tensors only, and an index names files
+beside it.
+"""
+
+import json
+import math
+import os
+import pickle
+import re
+import struct
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Names of dtypes in the headers of safetensors files."""
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+_MAX_HEADER = 100_000_000
+_COPY_BYTES = 2**24
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Where the weights of a folder are looked for, in this order."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read; the message names the file and says what to do."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file says of a tensor.
+
+    Args:
+        dtype: as safetensors writes it, such as ``"BF16"``.
+        shape: of the tensor.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_values(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_values * SAFETENSORS_DTYPES[self.dtype].itemsize
+
+
+class Shard(ABC):
+    """One file of tensors."""
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+
+    @abstractmethod
+    def load(self, name: str) -> Tensor:
+        """Read a tensor."""
+
+    @abstractmethod
+    def copy(self, name: str, target: BinaryIO) -> None:
+        """Write a tensor's bytes, row-major and little-endian."""
+
+
+class SafetensorsShard(Shard):
+    """A safetensors file. Only its header is held in memory."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER):
+                raise CheckpointError(f"{path}: no safetensors file, or cut off inside its header; download it again")
+            try:
+                header = json.loads(file.read(length), object_pairs_hook=_refuse_duplicates)
+            except ValueError as error:
+                raise CheckpointError(f"{path}: its header cannot be read ({error}); download it again") from error
+        header.pop("__metadata__", None)
+        self._data = 8 + length
+        self._offsets = {name: self._check(name, entry) for name, entry in header.items()}
+        self.tensors = {name: TensorInfo(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        expected = self._data + max((end for _, end in self._offsets.values()), default=0)
+        if size != expected:
+            state = "truncated" if size < expected else "damaged"
+            raise CheckpointError(f"{path}: {state}, it has {size} bytes and not {expected}; download it again")
+
+    def _check(self, name: str, entry: Any) -> tuple[int, int]:
+        """Return the place of a tensor's bytes among the data."""
+        try:
+            begin, end = entry["data_offsets"]
+            info = TensorInfo(entry["dtype"], tuple(entry["shape"]))
+            sound = 0 <= begin <= end and min(info.shape, default=0) >= 0 and end - begin == info.nbytes
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.path}: the header of {name!r} cannot be read ({error!r})") from error
+        if not sound:
+            raise CheckpointError(f"{self.path}: {name!r} has {end - begin} bytes, which do not make {info}")
+        return begin, end
+
+    def load(self, name: str) -> Tensor:
+        info, (begin, end) = self.tensors[name], self._offsets[name]
+        data = bytearray(end - begin)
+        with self.path.open("rb") as file:
+            file.seek(self._data + begin)
+            file.readinto(data)
+        dtype = SAFETENSORS_DTYPES[info.dtype]
+        return (
+            torch.frombuffer(data, dtype=dtype).reshape(info.shape) if data else torch.empty(info.shape, dtype=dtype)
+        )
+
+    def copy(self, name: str, target: BinaryIO) -> None:
+        begin, end = self._offsets[name]
+        with self.path.open("rb") as file:
+            file.seek(self._data + begin)
+            for start in range(begin, end, _COPY_BYTES):
+                target.write(file.read(min(_COPY_BYTES, end - start)))
+
+
+class TensorShard(Shard):
+    """Tensors in memory, or mapped into it, as if they were a file."""
+
+    def __init__(self, path: Path, content: Mapping[str, Tensor]):
+        self.path = path
+        self._content = dict(content)
+        for name, tensor in self._content.items():
+            if tensor.dtype not in _DTYPE_NAMES:
+                raise CheckpointError(f"{path}: {name!r} is {tensor.dtype}, which safetensors cannot hold")
+        self.tensors = {
+            name: TensorInfo(_DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in self._content.items()
+        }
+
+    def load(self, name: str) -> Tensor:
+        return self._content[name]
+
+    def copy(self, name: str, target: BinaryIO) -> None:
+        values = self._content[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        for start in range(0, len(values), _COPY_BYTES):
+            target.write(values[start : start + _COPY_BYTES].data)
+
+
+class PickleShard(TensorShard):
+    """A file of ``torch.save``. Tensors stay on disk until they are asked for, if it was written by torch >= 1.6."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        content = self._read()
+        for key in ("state_dict", "model", "module"):  # where training code keeps the weights among other things
+            if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+                content = content[key]
+        if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+            raise CheckpointError(f"{path}: holds more than named tensors; save the state dict alone")
+        super().__init__(path, content)
+
+    def _read(self) -> Any:
+        with self.path.open("rb") as file:
+            starts_as_zip = file.read(2) == b"PK"
+        is_zip = zipfile.is_zipfile(self.path)
+        if starts_as_zip and not is_zip:
+            raise CheckpointError(f"{self.path}: truncated, its table of contents is missing; download it again")
+        try:
+            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=is_zip or None)
+        except pickle.UnpicklingError as error:
+            wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+            if wanted is None:
+                message = f"{self.path}: damaged, its pickle ends early or is none; download it again"
+                raise CheckpointError(message) from error
+            raise CheckpointError(
+                f"{self.path}: refused and not run, its pickle asks for {wanted[1]} beside tensors; if you trust it, "
+                "save its tensors alone with safetensors where it was made"
+            ) from error
+        except (RuntimeError, OSError, EOFError, struct.error) as error:
+            raise CheckpointError(f"{self.path}: cannot be read ({error}); download it again") from error
+
+
+_READERS = {".safetensors": SafetensorsShard, ".bin": PickleShard, ".pt": PickleShard, ".pth": PickleShard}
+
+
+def open_shard(path: Path) -> Shard:
+    """Open one file of tensors.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, or holds anything but tensors.
+    """
+    if path.suffix not in _READERS:
+        raise CheckpointError(f"{path}: not a weight file; hico reads {', '.join(_READERS)}")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: this file is missing; download it again")
+    return _READERS[path.suffix](path)
+
+
+def list_shards(source: Path) -> list[Path]:
+    """Return the weight files of a checkpoint, in order.
+
+    Args:
+        source: a folder, or one file of weights.
+
+    Raises:
+        CheckpointError: if there are none, one is missing or listed twice, or an index names a file elsewhere.
+    """
+    if not source.is_dir():
+        return [source]
+    found = next((source / name for name in WEIGHT_FILES if (source / name).is_file()), None)
+    if found is None:
+        raise CheckpointError(f"{source}: holds no weights; hico looks for {', '.join(WEIGHT_FILES)}")
+    return _read_index(found) if found.suffix == ".json" else [found]
+
+
+def iterate_shards(source: Path) -> Iterator[Shard]:
+    """Open the weight files of a checkpoint one after the other.
+
+    Raises:
+        CheckpointError: as ``list_shards`` and ``open_shard``, and if a tensor stands in two files.
+    """
+    seen: dict[str, Path] = {}
+    for path in list_shards(source):
+        shard = open_shard(path)
+        for name in shard.tensors:
+            if name in seen:
+                raise CheckpointError(f"{path}: {name!r} stands in {seen[name].name} too; remove one of the files")
+            seen[name] = path
+        yield shard
+        del shard  # before the next one is opened
+
+
+def check_shards(source: Path) -> None:
+    """Look at every weight file of a checkpoint, without reading its tensors.
+
+    Raises:
+        CheckpointError: as ``iterate_shards``.
+    """
+    for _ in iterate_shards(source):
+        pass
+
+
+def _read_index(path: Path) -> list[Path]:
+    try:
+        weight_map = json.loads(path.read_text(), object_pairs_hook=_refuse_duplicates)["weight_map"]
+        names = list(dict.fromkeys(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: this index cannot be read ({error}); download it again") from error
+    files: dict[Any, str] = {}
+    for name in names:
+        relative = PurePosixPath(str(name))
+        if relative.is_absolute() or ".." in relative.parts or "\\" in str(name) or ":" in str(name):
+            raise CheckpointError(f"{path}: names the shard {name!r}, which is not in this folder; do not trust it")
+        shard = path.parent / relative
+        if not shard.is_file():
+            raise CheckpointError(f"{shard}: {path.name} lists this shard, but it is missing; download it again")
+        status = os.stat(shard)
+        same = files.setdefault((status.st_dev, status.st_ino), name)
+        if same != name:
+            raise CheckpointError(f"{path}: lists the shard {same!r} twice, once as {name!r}; correct the index")
+    return [path.parent / name for name in names]
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key!r} is listed twice, with {found[key]!r} and {value!r}")
+        found[key] = value
+    return found
