@@ -188,9 +188,9 @@ def test_a_row_alone_equals_the_row_in_a_batch_bit_for_bit(num_keep):
 
 
 def test_the_result_does_not_depend_on_how_the_work_is_cut(monkeypatch):
-    metric = torch.randn(4, 120, 16)
+    metric = torch.randn(4, 121, 16)
     whole = plan_merge(metric, 17)
-    for limit in (1, 100, 61 * 60):
+    for limit in (1, 100, 61 * 60, 4 * 60 * 60):
         monkeypatch.setattr(merging, "_MAX_SIMILARITIES", {"default": limit})
         assert torch.equal(plan_merge(metric, 17).assignment_NL, whole.assignment_NL)
 
@@ -286,6 +286,9 @@ def test_errors_name_the_numbers():
         merge_tokens(tokens, num_keep=5, num_heads=3)
     with pytest.raises(ValueError, match=r"'similar'.*similarity, position"):
         merge_tokens(tokens, num_keep=5, num_heads=2, order="similar")
+    for num_tokens, num_merge in ((1, 1), (10, 0)):
+        with pytest.raises(ValueError, match=f"cannot merge {num_merge} of {num_tokens} tokens"):
+            match_tokens(tokens[:, :num_tokens], num_merge=num_merge)
     plan = plan_merge(similarity_metric(tokens, num_heads=2), 5)
     with pytest.raises(ValueError, match=r"\(1, 10\).*\(1, 9\)"):
         apply_merge(tokens[:, :9], plan)

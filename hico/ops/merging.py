@@ -65,16 +65,22 @@ def match_tokens(metric_NLC: Tensor, *, num_merge: int) -> Tensor:
     is as similar as an orthogonal one, and a NaN or infinite component counts as 0.
 
     Args:
-        metric_NLC: what to compare; lengths do not matter.
-        num_merge: sources to merge; more than half of the tokens count as half of them, rounded down.
+        metric_NLC: what to compare; lengths do not matter. At least two tokens.
+        num_merge: sources to merge, at least 1; more than half of the tokens count as half of them, rounded down.
 
     Returns:
         ``(N, L)`` int64: the output token of each token. Output tokens are the remaining sources, from the most to the
         least similar to their best target, and then the targets by position.
 
+    Raises:
+        ValueError: if there is nothing to merge.
+
     Source: Bolya et al., "Token Merging", arXiv:2210.09461, section 3.
     """
-    return _match(_finite(metric_NLC), min(num_merge, metric_NLC.shape[1] // 2))
+    num_tokens = metric_NLC.shape[1]
+    if num_merge < 1 or num_tokens < 2:
+        raise ValueError(f"cannot merge {num_merge} of {num_tokens} tokens; merge at least 1 of at least 2")
+    return _match(_finite(metric_NLC), min(num_merge, num_tokens // 2))
 
 
 @torch.no_grad()
@@ -194,10 +200,17 @@ def _match(sums_NLC: Tensor, num_merge: int) -> Tensor:
 
 def _most_similar(sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return the highest dot product of each source, and the target it is with (the first one of equals)."""
-    num_rows, num_targets, _ = targets.shape
-    sources_at_once = max(1, _max_similarities(sources) // max(1, num_rows * num_targets))
-    blocks = [torch.bmm(block, targets.mT).max(dim=-1) for block in sources.split(sources_at_once, dim=1)]
-    return torch.cat([block.values for block in blocks], dim=1), torch.cat([block.indices for block in blocks], dim=1)
+    num_rows, num_sources, _ = sources.shape
+    num_targets = targets.shape[1]
+    sources_at_once = min(num_sources, max(1, _max_similarities(sources) // max(1, num_rows * num_targets)))
+    # One buffer for all blocks: large allocations between small ones fragment the heap of a CPU.
+    similarities = sources.new_empty(num_rows, sources_at_once, num_targets)
+    best, target = [], []
+    for block in sources.split(sources_at_once, dim=1):
+        highest = torch.bmm(block, targets.mT, out=similarities[:, : block.shape[1]]).max(dim=-1)
+        best.append(highest.values)
+        target.append(highest.indices)
+    return torch.cat(best, dim=1), torch.cat(target, dim=1)
 
 
 def _max_similarities(tensor: Tensor) -> int:
