@@ -45,7 +45,7 @@ class ReadSettings:
         end: seconds; frames that appear then or later are left out.
         size: side of a square, or ``(height, width)``, in pixels; as displayed if omitted. The aspect ratio is not
             kept.
-        scaler: ``exact`` gives the pixels of the published preprocessing; ``fast`` is off by a few grey levels.
+        scaler: ``exact`` gives the pixels of the published preprocessing; ``fast`` is off by at most one grey level.
         exact: if False and the samples are a second or more apart, each is moved to the nearest keyframe, which is
             much less work; the times tell the truth, and several samples may be the same frame.
         reader: ``pyav``, or, where installed, ``decord`` or ``torchcodec``. A folder needs none.
