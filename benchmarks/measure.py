@@ -1,8 +1,10 @@
 """Time and memory of two ways of computing the same thing, measured in one process."""
 
 import os
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -41,6 +43,22 @@ def peak_megabytes(function: Callable, *, device: str) -> float:
         held += event.nbytes()
         peak = max(peak, held)
     return peak / 1e6
+
+
+def resident_megabytes() -> float:
+    """Return the memory that this process holds now, and start to watch its peak anew (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def peak_resident_megabytes() -> float:
+    """Return the most memory that this process held since `resident_megabytes`, or since it began."""
+    return _status("VmHWM")
+
+
+def _status(field: str) -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+) kB", status).group(1)) * 1024 / 1e6
 
 
 def saved_megabytes(module: torch.nn.Module, *inputs: torch.Tensor) -> float:

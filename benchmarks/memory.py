@@ -8,12 +8,13 @@ itself, memory should hold the visual tokens and nothing else that grows with th
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from measure import peak_resident_megabytes, resident_megabytes
 
 
 def measure(video: str, num_frames: int) -> dict:
@@ -22,20 +23,20 @@ def measure(video: str, num_frames: int) -> dict:
     from hico.cli import load
 
     model, processor = load("tiny", device="cpu")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    hico.answer(model, processor, video, "What happens?", num_frames=4, max_new_tokens=4)  # loads what is loaded late
+    before = resident_megabytes()
     start = time.perf_counter()
-    session = hico.Session(model, processor, video, mode="middle", num_frames=num_frames)
-    encoded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    session = hico.Session(model, processor, video, num_frames=num_frames)
+    encoded = peak_resident_megabytes()
     seconds = time.perf_counter() - start
     session.ask("What happens?", max_new_tokens=4)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     tokens = session.visual_tokens
     return {
         "frames": num_frames,
         "tokens": len(tokens),
         "token_mb": tokens.numel() * tokens.element_size() / 1e6,
-        "encode_mb": (encoded - before) / 1e3,
-        "answer_mb": (peak - before) / 1e3,
+        "encode_mb": encoded - before,
+        "answer_mb": peak_resident_megabytes() - before,
         "seconds": seconds,
     }
 
@@ -57,9 +58,7 @@ def main() -> None:
         height, width = map(int, args.size.split("x"))
         write_moving_square(video, num_frames=args.seconds * 30, fps=30, size=(height, width))
         print(f"{args.seconds} s of {width}x{height}, tiny preset; MB beyond the loaded model")
-        print(
-            f"{'frames':>7} {'tokens':>7} {'their MB':>9} {'encode MB':>10} {'ratio':>6} {'with answer MB':>15} {'s':>6}"
-        )
+        print(" frames  tokens  their MB  encode MB  ratio  and answer MB      s")
         first = None
         for num_frames in args.frames:
             command = [sys.executable, __file__, "--one", video, str(num_frames)]
@@ -67,7 +66,7 @@ def main() -> None:
             first = first or row["encode_mb"]
             print(
                 f"{row['frames']:7d} {row['tokens']:7d} {row['token_mb']:9.2f} {row['encode_mb']:10.1f} "
-                f"{row['encode_mb'] / first:6.2f} {row['answer_mb']:15.1f} {row['seconds']:6.2f}"
+                f"{row['encode_mb'] / first:6.2f} {row['answer_mb']:14.1f} {row['seconds']:6.2f}"
             )
 
 
