@@ -5,7 +5,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForImageTextToText, Cache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    Cache,
+    GenerationMixin,
+    PreTrainedModel,
+    initialization,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from hico.configuration_hico import HicoConfig, build_compressor
@@ -35,6 +42,12 @@ class HicoPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        for name, bias in module.named_parameters(recurse=False):
+            if name in ("q_bias", "v_bias"):
+                initialization.zeros_(bias)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, strict: bool = True, **kwargs):

@@ -89,7 +89,7 @@ def plan_merge(metric_NLC: Tensor, num_keep: int, *, order: str = "similarity") 
 
     A token that was merged takes part in the next round with the size-weighted mean of its members. Tokens of one row
     are compared with each other only, and a row's plan is the same alone and in any batch. Not differentiable. NaN and
-    infinite components count as 0 here, so that they spoil no output token but the one they go to. Needs float64.
+    infinite components count as 0 here, so that they spoil no output token but the one they go to.
 
     Args:
         metric_NLC: what to compare; see ``similarity_metric``.
@@ -107,6 +107,9 @@ def plan_merge(metric_NLC: Tensor, num_keep: int, *, order: str = "similarity") 
         raise ValueError(f"cannot merge {num_tokens} tokens into {num_keep}; ask for 1 to {num_tokens}")
     if order not in ORDERS:
         raise ValueError(f"unknown order {order!r} of merged tokens; known: {', '.join(ORDERS)}")
+    if metric_NLC.device.type == "mps":  # has no float64
+        plan = plan_merge(metric_NLC.cpu(), num_keep, order=order)
+        return MergePlan(*(part.to(metric_NLC.device) for part in plan))
     clips_at_once = max(1, _max_similarities(metric_NLC) // max(1, num_tokens // 2) ** 2)
     rows = [_merge_in_rounds(_finite(rows_NLC), num_keep) for rows_NLC in metric_NLC.split(clips_at_once)]
     assignment_NL = torch.cat(rows)
