@@ -17,6 +17,9 @@ from hico.video_io.source import Source, VideoError
 RATE_TOLERANCE = 0.05
 """A declared frame rate is believed if the timestamps agree with it to this ratio; otherwise they are counted."""
 
+BROKEN_OFF = (av.error.FFmpegError, IndexError)
+"""What demuxing raises where a file breaks off; IndexError where damage looks to FFmpeg like one more stream."""
+
 
 @dataclass(frozen=True)
 class VideoInfo:
@@ -92,12 +95,17 @@ def best_video_stream(container: av.container.InputContainer, source: Source) ->
     """Return the stream that a player would show.
 
     Raises:
-        VideoError: if there is none.
+        VideoError: if there is none, or it is in an unknown format.
     """
     stream = container.streams.best("video")
     if stream is None:
         kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]
         raise VideoError(f"{source.name}: has no video stream, only {', '.join(kinds)}; give a file with pictures")
+    if stream.codec_context is None:
+        raise VideoError(
+            f"{source.name}: its video stream is in a format that FFmpeg does not know; the file is damaged or newer "
+            "than the installed PyAV. Fetch it again, convert it with ffmpeg, or upgrade av"
+        )
     return stream
 
 
@@ -165,7 +173,7 @@ def _read_packets(
                 )
             if first is None:
                 first = _first_frame(packet)
-    except av.error.FFmpegError:
+    except BROKEN_OFF:
         pass  # Broken off; the header's promise tells how much is missing.
     return packets, first
 

@@ -15,7 +15,7 @@ import av.error
 import numpy as np
 
 from hico.video_io.base import Reader, Sink
-from hico.video_io.index import Keyframe, VideoIndex, best_video_stream
+from hico.video_io.index import BROKEN_OFF, Keyframe, VideoIndex, best_video_stream
 from hico.video_io.resize import ExactResizer
 from hico.video_io.runs import Run, plan_runs
 from hico.video_io.source import Source, VideoError
@@ -242,8 +242,8 @@ class _Decoder:
             for packet in self._container.demux(self._stream):
                 if packet.size:
                     yield packet
-        except av.error.FFmpegError:
-            return  # Broken off, as the index found as well.
+        except BROKEN_OFF:
+            return  # As the index found as well.
 
     def _open(self) -> None:
         self._container = self._source.open()
