@@ -50,9 +50,12 @@ class _Dataset:
     def name(self) -> str:
         return self.spec.name or Path(self.spec.json_path).stem
 
-    def record(self, row: int) -> Record:
+    def place(self, row: int) -> tuple[RowFile | Shard, int]:
         which = int(np.searchsorted(self.offsets, row, side="right")) - 1
-        file, index = self.files[which], row - int(self.offsets[which])
+        return self.files[which], row - int(self.offsets[which])
+
+    def record(self, row: int) -> Record:
+        file, index = self.place(row)
         record = parse_row(file[index], file, index, root=self.spec.data_root)
         if self.spec.media_type is not None and record.modality not in (self.spec.media_type, "text"):
             raise ValueError(
@@ -103,6 +106,12 @@ class Mixture:
         """Return a row of the mixture by its number."""
         dataset, row = self.rows[index].tolist()
         return self.datasets[dataset].record(row)
+
+    def raw_row(self, index: int) -> dict[str, Any]:
+        """Return a row as its file has it, with keys that a `Record` does not hold."""
+        dataset, row = self.rows[index].tolist()
+        file, place = self.datasets[dataset].place(row)
+        return file[place]
 
     def spec(self, index: int) -> DatasetSpec:
         """Return the dataset that a row belongs to."""

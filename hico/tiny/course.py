@@ -1,0 +1,142 @@
+"""The whole course: corpus, warm-ups, four stages, exams and pictures."""
+
+import contextlib
+import io
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hico.modeling_hico import HicoForConditionalGeneration
+from hico.processing_hico import HicoProcessor
+from hico.tiny.corpus import LONG_SCENES, CorpusSize, long_story, write_corpus, write_video
+from hico.tiny.exam import Answered, accuracy, chance, read_exam, sit_exam
+from hico.tiny.model import write_untrained
+from hico.tiny.pictures import draw_answers, draw_losses
+from hico.tiny.stories import Story
+from hico.train.config import Recipe, load_recipes
+from hico.train.run import run_stage
+
+RECIPE = Path(__file__).parents[2] / "train" / "tiny" / "all.yaml"
+EXAMS = ("short", "long")
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a stage went."""
+
+    recipe: Recipe
+    seconds: float
+    curve: list[tuple[int, float]]
+    seen: dict[str, list[Answered]]
+    blank: dict[str, list[Answered]]
+
+
+def run_course(
+    folder: str | Path,
+    *,
+    recipe: str | Path = RECIPE,
+    scale: float = 1.0,
+    overrides: dict | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write the corpus, train all stages, examine the model after each, and draw pictures; prints what it does.
+
+    What a folder holds already is used again: a corpus is not written twice, a finished stage is not trained twice.
+
+    Args:
+        folder: for everything.
+        recipe: a chain; ``${TINY}`` in it stands for the folder.
+        scale: size of the corpus.
+        overrides: recipe keys for all stages.
+        seed: of corpus and weights.
+
+    Returns:
+        The folder of the trained model.
+
+    Raises:
+        FileNotFoundError: if there is no recipe.
+    """
+    folder, recipe = Path(folder), Path(recipe)
+    if not recipe.is_file():
+        raise FileNotFoundError(f"there is no recipe {recipe}; run from a clone of the repository, or name another")
+    started = time.perf_counter()
+    if not (folder / "model" / "config.json").is_file():
+        write_corpus(folder, CorpusSize().scaled(scale), seed=seed)
+        write_untrained(folder / "model", seed=seed)
+    videos, images = (len(list((folder / name).iterdir())) for name in ("videos", "images"))
+    print(f"corpus: {videos:,} videos and {images:,} pictures in {folder}, {time.perf_counter() - started:.0f} s")
+    os.environ["TINY"] = str(folder)
+    recipes = load_recipes(recipe, overrides)
+    print(TABLE_HEAD, flush=True)
+    reports = [_train_and_examine(stage, folder) for stage in recipes]
+    last = reports[-1]
+    draw_losses(folder / "losses.png", {report.recipe.name: report.curve for report in reports})
+    draw_answers(folder / "answers.png", _some_of_each(last.seen), folder=folder)
+    print(
+        f"guessing is right {chance(last.seen['short']):.1%} and {chance(last.seen['long']):.1%} of the time; "
+        f"in all {time.perf_counter() - started:.0f} s"
+    )
+    print(f"pictures: {folder / 'losses.png'}, {folder / 'answers.png'}")
+    return Path(last.recipe.output_dir) / "final"
+
+
+TABLE_HEAD = (
+    "\n                                                                 held-out questions answered right\n"
+    "stage           learns                     frames  px  steps     s   loss    short   long   blank frames"
+)
+
+
+def _train_and_examine(recipe: Recipe, folder: Path) -> Report:
+    start = time.perf_counter()
+    # The trainer's own lines go to a file: they are for those who watch one run, not for an overview.
+    Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
+    with open(Path(recipe.output_dir) / "log.txt", "a") as log, contextlib.redirect_stdout(log):
+        final = run_stage(recipe)
+    seconds = time.perf_counter() - start
+    history = json.loads((final / "trainer_state.json").read_text())["log_history"]
+    curve = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    model = HicoForConditionalGeneration.from_pretrained(final).eval()
+    processor = HicoProcessor.from_pretrained(final)
+    seen, blank = {}, {}
+    for exam in EXAMS:
+        rows = read_exam(folder / f"held_out_{exam}.jsonl")
+        seen[exam] = sit_exam(model, processor, rows, folder=folder)
+        blank[exam] = sit_exam(model, processor, rows, folder=folder, blank=True)
+    report = Report(recipe, seconds, curve, seen, blank)
+    print(_table_row(report), flush=True)
+    return report
+
+
+def _table_row(report: Report) -> str:
+    recipe = report.recipe
+    frames = f"{recipe.min_frames}-{recipe.max_frames}" if recipe.min_frames < recipe.max_frames else recipe.max_frames
+    learns = "all" if len(recipe.trainable) == 4 else ", ".join(recipe.trainable)
+    steps, loss = report.curve[-1]
+    seen, blank = ([f"{accuracy(results[exam]):6.1%}" for exam in EXAMS] for results in (report.seen, report.blank))
+    return (
+        f"{recipe.name:<15} {learns:<26} {frames:>6} {recipe.image_size:>3} {steps:>6} {report.seconds:>5.0f} "
+        f"{loss:>6.3f}   {seen[0]} {seen[1]}   {blank[0]} {blank[1]}"
+    )
+
+
+def _some_of_each(seen: dict[str, list[Answered]], *, num_videos: int = 6) -> list[Answered]:
+    """Return all answers about a few videos of both exams, evenly spread."""
+    chosen = []
+    for results in seen.values():
+        videos = list(dict.fromkeys(result.video for result in results))
+        some = {videos[n] for n in np.linspace(0, len(videos) - 1, num_videos).round().astype(int)}
+        chosen += [result for result in results if result.video in some]
+    return chosen
+
+
+def new_video(path: str | Path, *, seed: int) -> Story:
+    """Write a long video that is in no corpus, and return its story."""
+    story = long_story(np.random.default_rng((seed, 2**31)), num_scenes=LONG_SCENES, num_events=3)
+    write_video(path, story)
+    return story
