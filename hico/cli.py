@@ -13,7 +13,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="hico", description="Hierarchical compression of long video.")
     parser.add_argument("--version", action="version", version=f"hico {hico.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for add in (_add_chat, _add_demo):
+    for add in (_add_chat, _add_demo, _add_convert, _add_inspect):
         add(commands)
     args = parser.parse_args(argv)
     try:
@@ -42,6 +42,25 @@ def _add_demo(commands) -> None:
     parser.add_argument("--question", default="What happens?")
     _add_video_arguments(parser)
     parser.set_defaults(run=_demo)
+
+
+def _add_convert(commands) -> None:
+    about = "Convert a checkpoint of VideoChat-Flash or LongVA, or back, or make a model of an LLM and an encoder."
+    parser = commands.add_parser("convert", help="published checkpoints to hico and back", description=about)
+    parser.add_argument("source", help="folder of a checkpoint, or of an LLM")
+    parser.add_argument("target", help="folder to write; must not exist")
+    parser.add_argument("--to", choices=("hico", "published"), default="hico", help="layout to write (%(default)s)")
+    parser.add_argument("--encoder", help="for an LLM: UMT's pre-training file, or a CLIP or SigLIP folder")
+    parser.add_argument("--projector", help="for an LLM: mm_projector.bin of stage 1; random if omitted")
+    parser.add_argument("--preset", help="for an LLM: the preset that says the rest")
+    parser.set_defaults(run=_convert)
+
+
+def _add_inspect(commands) -> None:
+    about = "Say what a checkpoint, or a part of one, is, without loading its weights."
+    parser = commands.add_parser("inspect", help="say what a checkpoint is", description=about)
+    parser.add_argument("checkpoint", help="a folder, or a file of weights")
+    parser.set_defaults(run=_inspect)
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,6 +148,19 @@ def _demo(args: argparse.Namespace) -> None:
 
     model, processor = load("tiny", device="cpu")
     run(model, processor, args.video, args.question, **video_settings(args))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from hico.convert import convert
+
+    names = ("to", "encoder", "projector", "preset")
+    print(convert(args.source, args.target, **{name: getattr(args, name) for name in names}).table())
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from hico.convert import inspect_checkpoint
+
+    print(inspect_checkpoint(args.checkpoint).report())
 
 
 if __name__ == "__main__":

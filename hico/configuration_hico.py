@@ -178,9 +178,9 @@ class HicoConfig(PreTrainedConfig):
         settings, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if is_published(settings):
             found = translate(settings)
-            for key, value in found.unknown.items():
-                logger.warning("%s: %s = %r is not known and has no effect", pretrained_model_name_or_path, key, value)
-            tokenizer = load_llm_tokenizer(str(pretrained_model_name_or_path), **hub_kwargs)
+            if found.unknown:
+                _warn_once(f"{pretrained_model_name_or_path}: keys that are not known have no effect: {found.unknown}")
+            tokenizer = load_llm_tokenizer(str(pretrained_model_name_or_path), known=False, **hub_kwargs)
             settings = {**found.config, **(add_placeholders(tokenizer) if tokenizer else {})}
         return settings, kwargs
 
@@ -188,6 +188,11 @@ class HicoConfig(PreTrainedConfig):
     def vision(self) -> "VisionSpec":
         """The part that decides how many tokens a video or image takes."""
         return VisionSpec(self.encoder, self.compressor, clip_len=self.clip_len, image_layout=self.image_layout)
+
+
+@lru_cache(maxsize=64)
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ class HicoProcessor(ProcessorMixin):
         published, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
         if not is_published(published):
             return super().from_pretrained(path, **kwargs)
-        tokenizer = load_llm_tokenizer(path, **kwargs)
+        tokenizer = load_llm_tokenizer(path, known=False, **kwargs)
         if tokenizer is None:
             raise ValueError(f"{path} has no tokenizer; put the files of the LLM's tokenizer beside its config.json")
         add_placeholders(tokenizer)

@@ -14,7 +14,7 @@ from typing import Any
 from hico.grids import anyres_grids, unires_grids
 from hico.llm_dropout.schedule import DropSchedule
 
-VIDEOCHAT_FLASH, LONGVA = "videochat-flash", "longva"
+SYSTEMS = VIDEOCHAT_FLASH, LONGVA = "videochat-flash", "longva"
 
 _VISION_AND_TEXT = (
     ("model.vision_tower.vision_tower.vision_model.", "model.encoder.vision_model."),
@@ -41,7 +41,7 @@ SIZES_KEY = "_tiny_tower_sizes_not_in_official_config"
 """The published code fixes the sizes of its towers. A checkpoint with another tower says here how it was made:
 ``img``, ``dim``, ``depth``, ``heads``, and where needed ``patch`` and ``mlp`` (the inner width)."""
 
-_TOWERS: tuple[tuple[str, dict[str, Any]], ...] = (
+TOWERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("umt-hd", {"name": "umt", "image_size": 448}),
     ("umt", {"name": "umt", "image_size": 224}),
     ("clip-vit-large-patch14-336", {"name": "clip", "image_size": 336}),
@@ -50,7 +50,7 @@ _TOWERS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 """Part of a tower's name -> our encoder. Tried in this order."""
 
-_SIZE_NAMES = {
+SIZE_NAMES = {
     "umt": {"img": "image_size", "dim": "hidden_size", "depth": "depth", "heads": "num_heads", "patch": "patch_size"},
     "clip": {
         "img": "image_size",
@@ -61,7 +61,7 @@ _SIZE_NAMES = {
         "mlp": "intermediate_size",
     },
 }
-_SIZE_NAMES["siglip"] = _SIZE_NAMES["clip"]
+SIZE_NAMES["siglip"] = SIZE_NAMES["clip"]
 
 TEXT_KEYS = (
     "vocab_size",
@@ -89,7 +89,13 @@ TEXT_KEYS = (
 
 _IGNORED = {
     "names Python code, and a configuration does not choose what is imported": ("architectures", "auto_map"),
-    "says how the file was written": ("transformers_version", "_name_or_path", "name_or_path", "_attn_implementation"),
+    "says how the file was written": (
+        "_attn_implementation",
+        "_commit_hash",
+        "_name_or_path",
+        "name_or_path",
+        "transformers_version",
+    ),
     "sets training, not the model": (
         "delay_load",
         "freeze_mm_mlp_adapter",
@@ -141,6 +147,15 @@ def is_published(config: Mapping[str, Any]) -> bool:
     return "mm_vision_tower" in config
 
 
+def system_of(config: Mapping[str, Any]) -> str:
+    """Say which system a published ``config.json`` belongs to.
+
+    Raises:
+        ValueError: if neither has such a projector.
+    """
+    return _Keys(dict(config)).choose("mm_projector_type", _READERS)[0]
+
+
 def translate(config: Mapping[str, Any]) -> Translation:
     """Read a published ``config.json``.
 
@@ -150,7 +165,7 @@ def translate(config: Mapping[str, Any]) -> Translation:
         ValueError: if a key asks for what hico has not; the message names the key, its value and what is known.
     """
     keys = _Keys(dict(config))
-    system, read = keys.choose("mm_projector_type", _SYSTEMS)
+    system, read = keys.choose("mm_projector_type", _READERS)
     text = _text_config(keys)
     settings, processor = read(keys)
     dtype = keys.take("torch_dtype", keys.take("dtype"))
@@ -221,13 +236,13 @@ def _encoder(keys: _Keys) -> dict[str, Any]:
             f"mm_vision_tower is {name!r}: hico has no InternVideo2 encoder, so this checkpoint cannot be loaded; "
             "the releases with a UMT tower can"
         )
-    known = next((settings for part, settings in _TOWERS if part in name.lower()), None)
+    known = next((settings for part, settings in TOWERS if part in name.lower()), None)
     if known is None:
-        parts = ", ".join(part for part, _ in _TOWERS)
+        parts = ", ".join(part for part, _ in TOWERS)
         raise ValueError(f"mm_vision_tower is {name!r}, which hico cannot run; it knows names with {parts}")
     encoder = dict(known)
     sizes = dict(keys.take(SIZES_KEY, {}))
-    names = _SIZE_NAMES[encoder["name"]]
+    names = SIZE_NAMES[encoder["name"]]
     if unknown := sorted(set(sizes) - set(names)):
         raise ValueError(f"{SIZES_KEY} has {unknown}; it may have {', '.join(names)}")
     encoder |= {names[key]: value for key, value in sizes.items()}
@@ -298,7 +313,7 @@ def _longva(keys: _Keys) -> tuple[dict[str, Any], dict[str, Any]]:
     return config, processor
 
 
-_SYSTEMS: dict[str, tuple[str, Callable]] = {
+_READERS: dict[str, tuple[str, Callable]] = {
     "tome16_mlp_hd64": (VIDEOCHAT_FLASH, _videochat_flash),
     "mlp2x_gelu": (LONGVA, _longva),
 }

@@ -1,7 +1,9 @@
 """Tokenizers with placeholders: one that needs no file, for tiny models and tests, and those of LLMs."""
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from collections.abc import Iterable
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from hico.prompt import CHAT_TEMPLATE, IMAGE_TOKEN, VIDEO_TOKEN
@@ -14,8 +16,28 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=_byte_characters(), merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    return _chatml(tokenizer)
+
+
+def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of whole words, in lower case; digits, punctuation marks and newlines stand alone.
+
+    Args:
+        words: to be known, once or more often, in any order; all others become ``<unk>``.
+    """
+    vocabulary = dict.fromkeys((*SPECIAL_TOKENS, "<unk>", *sorted(set(words))))
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split(Regex(r"[\n\d.,:;?!]"), "isolated")]
+    )
+    return _chatml(tokenizer, unk_token="<unk>")
+
+
+def _chatml(tokenizer: Tokenizer, **settings: str) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return PreTrainedTokenizerFast(
+        **settings,
         tokenizer_object=tokenizer,
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
@@ -38,16 +60,20 @@ def add_placeholders(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {"video_token_id": video_id, "image_token_id": image_id}
 
 
-def load_llm_tokenizer(path: str, **hub_kwargs) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer that lies beside an LLM, or None if there is none.
+def load_llm_tokenizer(path: str, *, known: bool = True, **hub_kwargs) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer that lies beside an LLM, or None if there is none. Runs no code that lies there too.
 
     Args:
         path: a folder or the name of a repository.
+        known: whether transformers knows the model; if not, its configuration is not asked for the tokenizer's class.
         hub_kwargs: for ``AutoTokenizer.from_pretrained``, such as ``revision``.
     """
     files = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
-    found = [cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs) for name in files]
-    return AutoTokenizer.from_pretrained(path, **hub_kwargs) if any(found) else None
+    if not any(cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs) for name in files):
+        return None
+    if not known:
+        hub_kwargs["config"] = PreTrainedConfig()
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **hub_kwargs)
 
 
 def _byte_characters() -> dict[str, int]:
