@@ -698,7 +698,23 @@ def test_calls_that_do_not_fit_are_refused():
 @torch.no_grad()
 def test_a_cache_of_another_schedule_is_refused():
     model, batch = build(), prompt([4, 12, 3])
+    step = torch.randn(1, 1, WIDTH)
     with patch(model, "attention@1:0.5"):
         cache = model(**batch.inputs, past_key_values=DynamicCache()).past_key_values
-    with patch(model, "uniform@2:0.5"), pytest.raises(RuntimeError, match="continue a cache with the schedule"):
-        model(inputs_embeds=torch.randn(1, 1, WIDTH), past_key_values=cache)
+    for schedule in ("uniform@2:0.5", None):
+        with patch(model, schedule), pytest.raises(RuntimeError, match="dropped at layer 1 when the cache was filled"):
+            model(inputs_embeds=step, past_key_values=cache)
+    with (
+        patch(model, "attention@1:0.5,uniform@2:0.5"),
+        pytest.raises(RuntimeError, match="holds 13 tokens and should"),
+    ):
+        model(inputs_embeds=step, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_text_alone_may_use_a_static_cache():
+    model = build()
+    patch(model, "attention@1:0.5")
+    ids = torch.randint(1, 60, (1, 9))
+    static = model.generate(ids, cache_implementation="static", max_new_tokens=3, disable_compile=True)
+    assert torch.equal(static, build().generate(ids, max_new_tokens=3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -77,13 +78,32 @@ SHORT_LAYERS: dict[type, type] = {
 }
 
 
-def check_cache(cache: Cache) -> None:
-    """Raise ``ValueError`` unless the layers of a cache may differ in length."""
-    for layer in cache.layers:
+def holds_less(cache: Cache | None) -> bool:
+    """Whether a layer of a cache remembers that it holds fewer tokens than layer 0."""
+    return cache is not None and any(getattr(layer, "held", None) is not None for layer in cache.layers)
+
+
+def check_cache(cache: Cache, stage_layers: Collection[int]) -> None:
+    """Check that a cache can go on with a schedule.
+
+    Args:
+        cache: empty or filled.
+        stage_layers: layers at which the schedule drops.
+
+    Raises:
+        ValueError: if the layers of the cache cannot differ in length.
+        RuntimeError: if it was filled with another schedule.
+    """
+    for index, layer in enumerate(cache.layers):
         if type(layer) not in SHORT_LAYERS:
             raise ValueError(
                 f"{type(cache).__name__} keeps its layers as {type(layer).__name__}, and dropping visual tokens "
                 "leaves layers of different lengths; use a DynamicCache (cache_implementation='dynamic')"
+            )
+        if getattr(layer, "held", None) is not None and index not in stage_layers:
+            raise RuntimeError(
+                f"tokens were dropped at layer {index} when the cache was filled, and this schedule drops none there; "
+                "continue a cache with the schedule that filled it"
             )
 
 
@@ -91,7 +111,7 @@ def read_held(cache: Cache, layer_index: int) -> Held | None:
     """Return what a layer holds of the tokens seen so far, or None if it holds them all.
 
     Raises:
-        RuntimeError: if the layer's length does not fit, as in a cache that was filled with another schedule.
+        RuntimeError: if the layer's length does not fit, as after a call that failed half way.
     """
     num_seen = cache.get_seq_length()
     length = cache.get_seq_length(layer_index)
@@ -99,8 +119,8 @@ def read_held(cache: Cache, layer_index: int) -> Held | None:
     expected = num_seen if held is None else held.columns_BM.shape[1] + num_seen - held.num_seen
     if length != expected:
         raise RuntimeError(
-            f"layer {layer_index} of the cache holds {length} tokens where layer 0 holds {num_seen} and this schedule "
-            f"expects {expected}; continue a cache with the schedule that filled it"
+            f"layer {layer_index} of the cache holds {length} tokens and should hold {expected}, since layer 0 holds "
+            f"{num_seen}; the call that filled it failed half way, or followed another schedule: start a new cache"
         )
     return held and held.extend(num_seen)
 

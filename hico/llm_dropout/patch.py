@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from hico.llm_dropout.cache import holds_less
 from hico.llm_dropout.plan import POSITIONS, DropPlan, DropRules
 from hico.llm_dropout.queries import QUERY_ROWS
 from hico.llm_dropout.schedule import DropSchedule
@@ -61,7 +62,7 @@ def patch(
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
     schedule = DropSchedule.parse(schedule)
-    decoder = find_decoder(model)
+    decoder, causal_lm = find_decoder(model)
     schedule.check_depth(len(decoder.layers))
     policies = tuple(DROP_POLICIES.get(stage.policy)() for stage in schedule.stages)
     for stage, policy in zip(schedule.stages, policies, strict=True):
@@ -73,24 +74,28 @@ def patch(
             f"rotary embeddings of type {rope_type!r} depend on the number of tokens, and with positions='renumber' "
             "every segment has its own; use positions='keep'"
         )
-    return DropHandle(model, decoder, DropRules(schedule, policies, positions, queries, scope, seed))
+    return DropHandle(decoder, causal_lm, DropRules(schedule, policies, positions, queries, scope, seed))
 
 
-def find_decoder(model: nn.Module) -> nn.Module:
-    """Return the module with the decoder layers: the model itself or one that it holds.
+def find_decoder(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
+    """Find the module with the decoder layers: the model itself or one that it holds.
+
+    Returns:
+        The decoder, and the stock causal LM that holds it (as its ``model``), or None.
 
     Raises:
         ValueError: if there is none, or it computes no rotary embedding for its layers.
     """
-    module = model
+    holder, module = None, model
     while module is not None and not isinstance(getattr(module, "layers", None), nn.ModuleList):
-        module = getattr(module, "language_model", None) or getattr(module, "model", None)
+        holder, module = module, getattr(module, "language_model", None) or getattr(module, "model", None)
     if module is None or not hasattr(module, "rotary_emb"):
         raise ValueError(
             f"{type(model).__name__} holds no decoder with `layers` and `rotary_emb`; "
             "pass a model built like Qwen2, Qwen3, Llama or Mistral"
         )
-    return module
+    is_causal_lm = getattr(holder, "model", None) is module and hasattr(holder, "lm_head")
+    return module, holder if is_causal_lm else None
 
 
 class _Request:
@@ -106,12 +111,12 @@ class DropHandle:
     """The hooks of one patched model; holds settings, and nothing of any forward pass.
 
     Args:
-        model: the model that was given to `patch`.
-        decoder: the decoder in it.
+        decoder: the decoder.
+        causal_lm: the stock causal LM around it, if there is one.
         rules: settings.
     """
 
-    def __init__(self, model: nn.Module, decoder: nn.Module, rules: DropRules):
+    def __init__(self, decoder: nn.Module, causal_lm: nn.Module | None, rules: DropRules):
         for hook in decoder._forward_pre_hooks.values():
             if isinstance(getattr(hook, "__self__", None), DropHandle):
                 raise RuntimeError(
@@ -126,15 +131,13 @@ class DropHandle:
                 for index, layer in enumerate(decoder.layers)
             ),
         ]
-        self._generator: nn.Module | None = None
-        if model is not decoder and getattr(model, "model", None) is decoder:
+        self._causal_lm = causal_lm
+        if causal_lm is not None:
             self._hooks += [
-                model.register_forward_pre_hook(self._before_causal_lm, with_kwargs=True),
-                model.register_forward_hook(self._after_causal_lm, with_kwargs=True),
+                causal_lm.register_forward_pre_hook(self._before_causal_lm, with_kwargs=True),
+                causal_lm.register_forward_hook(self._after_causal_lm, with_kwargs=True),
             ]
-            if hasattr(model, "prepare_inputs_for_generation"):
-                self._generator = model
-                model.prepare_inputs_for_generation = _PrepareInputs(model)
+            causal_lm.prepare_inputs_for_generation = _PrepareInputs(causal_lm)
 
     @property
     def schedule(self) -> DropSchedule:
@@ -145,9 +148,9 @@ class DropHandle:
         """Take the hooks away; the model computes what it did before. Does nothing the second time."""
         for hook in self._hooks:
             hook.remove()
-        if self._generator is not None:
-            del self._generator.prepare_inputs_for_generation
-        self._hooks, self._generator = [], None
+        if self._causal_lm is not None:
+            del self._causal_lm.prepare_inputs_for_generation
+        self._hooks, self._causal_lm = [], None
 
     def __enter__(self) -> DropHandle:
         return self
@@ -161,20 +164,24 @@ class DropHandle:
             kwargs.pop("visual_mask", None), kwargs.pop("labels", None)
         )
         given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+        cache = given.get("past_key_values")
+        visual_mask = request.visual_mask if self.schedule else None
+        if visual_mask is not None and not visual_mask.any():
+            visual_mask = None
+        if visual_mask is None and not holds_less(cache):
+            return args, kwargs
         inputs = given.get("inputs_embeds")
-        plan = DropPlan(
+        request.plan = DropPlan(
             self._rules,
             decoder,
             inputs=given["input_ids"] if inputs is None else inputs,
-            visual_mask=request.visual_mask if self.schedule else None,
+            visual_mask=visual_mask,
             labels=request.labels,
             attention_mask=given.get("attention_mask"),
             position_ids=given.get("position_ids"),
-            cache=given.get("past_key_values"),
+            cache=cache,
         )
-        if plan.active:
-            request.plan = kwargs["drop_plan"] = plan
-        return args, kwargs
+        return args, {**kwargs, "drop_plan": request.plan}
 
     def _before_layer(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if "drop_plan" not in kwargs:

@@ -103,15 +103,13 @@ class DropPlan:
         self._num_seen = cache.get_seq_length() if cache is not None else 0
         self._labels = labels
         self._segments: dict[int, Segment] = {}
-        self._held = [read_held(cache, stage.layer) if cache is not None else None for stage in rules.schedule.stages]
-        drops = visual_mask is not None and bool(visual_mask.any())
-        self.active = drops or any(held is not None for held in self._held)
-        if not self.active:
-            return
+        self._held: list[Held | None] = [None] * len(rules.schedule.stages)
         if cache is not None:
-            check_cache(cache)
+            stage_layers = [stage.layer for stage in rules.schedule.stages]
+            check_cache(cache, stage_layers)
+            self._held = [read_held(cache, layer) for layer in stage_layers]
         self._attention_mask = self._check_mask(attention_mask)
-        self._survivors = self._find_survivors(visual_mask) if drops else None
+        self._survivors = None if visual_mask is None else self._find_survivors(visual_mask)
         if position_ids is None:
             position_ids = torch.arange(self._length, device=self._device)[None] + self._num_seen
         elif cache is None and attention_mask is None and (position_ids.diff(dim=-1) != 1).any():

@@ -1,0 +1,299 @@
+"""``hico bench``: what a setting costs, by arithmetic and measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hico.llm_dropout.schedule import DropSchedule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+TABLE_7 = (
+    "none",
+    "uniform@4:0.5",
+    "attention@4:0.5",
+    "uniform@18:0.5",
+    "attention@18:0.5",
+    "uniform@4:0.75,attention@18:0.25",
+)
+"""Schedules that the paper compares in its Table 7, beginning with no dropping."""
+NARROW = {
+    "vocab_size": 1024,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}
+"""A Qwen2 of the depth of the 7B one, narrow enough for a CPU."""
+
+
+@dataclass
+class Cost:
+    """Costs of one schedule; ratios to the first schedule are computed where they are shown."""
+
+    schedule: str
+    prefill_flops: float
+    prefill_seconds: float
+    decode_seconds: float
+    kv_bytes: float
+    peak_bytes: float | None
+
+
+COLUMNS: dict[str, tuple[str, float, str]] = {
+    "prefill_flops": ("prefill TFLOP", 1e12, ".3f"),
+    "prefill_seconds": ("prefill s", 1, ".3f"),
+    "decode_seconds": ("ms per token", 1e-3, ".2f"),
+    "kv_bytes": ("KV MiB", 2**20, ".1f"),
+    "peak_bytes": ("peak MiB", 2**20, ".0f"),
+}
+"""Field of `Cost` -> heading, unit, format."""
+
+
+def lengths_per_layer(schedule: DropSchedule, *, num_layers: int, num_visual: int, num_text: int) -> list[int]:
+    """Count the tokens that enter each layer for a prompt with one video.
+
+    Args:
+        schedule: its stages are taken to keep what they ask for, as every policy but "none" does.
+        num_layers: of the decoder.
+        num_visual: visual tokens of the prompt.
+        num_text: its other tokens.
+    """
+    from hico.ops.dropping import keep_count
+
+    kept, lengths = num_visual, []
+    drops = {stage.layer: stage for stage in schedule.stages if stage.policy != "none"}
+    for layer in range(num_layers):
+        if layer in drops:
+            keep = drops[layer].keep
+            kept = min(kept, keep if isinstance(keep, int) else max(1, keep_count(num_visual, keep)))
+        lengths.append(kept + num_text)
+    return lengths
+
+
+def prefill_flops(config: PreTrainedConfig, lengths: Sequence[int]) -> float:
+    """Count the floating-point operations of a prefill, two per multiply-add.
+
+    Matrix products alone: projections, MLP, the causal half of attention, and logits of the last position.
+
+    Args:
+        config: of a decoder with a gated MLP, as Qwen2's.
+        lengths: tokens that enter each layer.
+    """
+    width = config.hidden_size
+    head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    query_width, key_width = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    weights = 2 * width * (query_width + key_width) + 3 * width * config.intermediate_size
+    layers = sum(2 * length * weights + 2 * length * (length + 1) * query_width for length in lengths)
+    return layers + 2 * width * config.vocab_size
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the benchmarks as subcommands of ``hico bench``."""
+    benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="benchmark")
+    drop = benchmarks.add_parser(
+        "drop",
+        help="progressive visual dropout: FLOPs, prefill, decoding, KV cache, memory",
+        description="Compare drop schedules on one prompt with one video, and random weights.",
+    )
+    drop.add_argument(
+        "--schedules",
+        nargs="+",
+        default=list(TABLE_7),
+        metavar="SCHEDULE",
+        help="ratios are to the first one (the rows of the paper's Table 7)",
+    )
+    drop.add_argument("--preset", help="size of the LLM, as HicoConfig.preset names it; a narrow one if omitted")
+    drop.add_argument("--visual-tokens", type=int, default=4096, help="(%(default)s)")
+    drop.add_argument("--text-tokens", type=int, default=64, help="half of them before the video (%(default)s)")
+    drop.add_argument("--new-tokens", type=int, default=16, help="tokens to decode (%(default)s)")
+    drop.add_argument("--repeats", type=int, default=3, help="rounds; the best of them counts (%(default)s)")
+    drop.add_argument("--positions", default="renumber", help="renumber or keep (%(default)s)")
+    drop.add_argument("--attention", default="sdpa", help="attention implementation (%(default)s)")
+    drop.add_argument("--device", help="cuda if there is one, else cpu")
+    drop.add_argument("--dtype", help="as torch names it; float32 on a CPU, else bfloat16")
+    drop.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
+    drop.add_argument("--json", type=Path, help="write the figures here; after the table if omitted")
+    drop.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark that was asked for, print its table, and write or print its JSON; return the exit status."""
+    settings, costs = bench_drop(args)
+    print(format_table(costs))
+    report = json.dumps({"settings": settings, "costs": [_with_ratios(cost, costs[0]) for cost in costs]}, indent=1)
+    if args.json is None:
+        print(report)
+    else:
+        args.json.write_text(report + "\n")
+    return 0
+
+
+def bench_drop(args: argparse.Namespace) -> tuple[dict[str, Any], list[Cost]]:
+    """Measure the schedules in turn, round after round, so that a slow spell of the machine meets them all.
+
+    Raises:
+        ValueError: if a schedule, preset or size cannot be.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    from hico.configuration_hico import HicoConfig
+    from hico.rotary import keep_rotary_in_float32
+
+    if min(args.visual_tokens, args.text_tokens, args.new_tokens, args.repeats) < 1:
+        raise ValueError("--visual-tokens, --text-tokens, --new-tokens and --repeats must be at least 1")
+    schedules = [DropSchedule.parse(text) for text in args.schedules]
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    config = HicoConfig.preset(args.preset).text_config if args.preset else Qwen2Config(**NARROW)
+    for schedule in schedules:
+        schedule.check_depth(config.num_hidden_layers)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=args.attention).eval()
+        length = args.visual_tokens + args.text_tokens
+        embeds = torch.randn(1, length, config.hidden_size, dtype=dtype)
+        visual_mask = torch.zeros(1, length, dtype=torch.long)
+    keep_rotary_in_float32(model)
+    start = args.text_tokens // 2
+    visual_mask[:, start : start + args.visual_tokens] = 1
+
+    rounds: dict[str, list[dict]] = {}
+    for number in range(args.repeats + 1):  # the first warms up
+        for schedule in schedules:
+            figures = _measure(model, schedule, embeds, visual_mask, args)
+            if number:
+                rounds.setdefault(str(schedule), []).append(figures)
+            if sys.stderr.isatty():
+                print(f"\r{number}/{args.repeats} {schedule!s:60}", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(f"\r{'':70}\r", end="", file=sys.stderr)
+    costs = []
+    for schedule in schedules:
+        figures = rounds[str(schedule)]
+        lengths = lengths_per_layer(
+            schedule,
+            num_layers=config.num_hidden_layers,
+            num_visual=args.visual_tokens,
+            num_text=args.text_tokens,
+        )
+        # Other work on the machine only adds, so the least of the rounds is nearest to the truth.
+        least = {
+            name: None if figures[0][name] is None else min(figure[name] for figure in figures) for name in figures[0]
+        }
+        costs.append(Cost(str(schedule), prefill_flops(config, lengths), **least))
+    settings = {name: value for name, value in vars(args).items() if name not in ("run", "json", "schedules")}
+    return {**settings, "device": str(device), "dtype": str(dtype), "torch": torch.__version__}, costs
+
+
+def _measure(model, schedule: DropSchedule, embeds, visual_mask, args: argparse.Namespace) -> dict[str, float | None]:
+    """Run one prefill and decode some tokens."""
+    import torch
+
+    from hico.llm_dropout import patch
+
+    with torch.inference_mode(), patch(model, schedule, positions=args.positions):
+        peak = _watch_memory(embeds.device)
+        started = _now(embeds.device)
+        out = model(inputs_embeds=embeds, visual_mask=visual_mask, use_cache=True, logits_to_keep=1)
+        prefill_seconds = _now(embeds.device) - started
+        peak_bytes = peak()
+        cache = out.past_key_values
+        kv_bytes = sum(
+            part.numel() * part.element_size() for layer in cache.layers for part in (layer.keys, layer.values)
+        )
+        started = _now(embeds.device)
+        for _ in range(args.new_tokens):
+            token = out.logits[:, -1:].argmax(-1)
+            out = model(input_ids=token, past_key_values=cache, use_cache=True)
+        decode_seconds = (_now(embeds.device) - started) / args.new_tokens
+    return {
+        "prefill_seconds": prefill_seconds,
+        "decode_seconds": decode_seconds,
+        "kv_bytes": float(kv_bytes),
+        "peak_bytes": peak_bytes,
+    }
+
+
+def _now(device) -> float:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _watch_memory(device) -> Callable[[], float | None]:
+    """Start to watch memory; the result tells by how many bytes it rose at most, or None where that is not known."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        return lambda: float(torch.cuda.max_memory_allocated(device) - before)
+    if not sys.platform.startswith("linux"):
+        return lambda: None
+    import ctypes
+
+    ctypes.CDLL(None).malloc_trim(0)  # hand freed memory back, or the rise would hide in it
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _resident_kib("VmRSS")
+    return lambda: 1024.0 * (_resident_kib("VmHWM") - before)
+
+
+def _resident_kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def _with_ratios(cost: Cost, base: Cost) -> dict[str, Any]:
+    ratios = {}
+    for name in COLUMNS:
+        value, whole = getattr(cost, name), getattr(base, name)
+        ratios[name] = None if value is None or not whole else value / whole
+    return {**asdict(cost), "ratios": ratios}
+
+
+def format_table(costs: list[Cost]) -> str:
+    """Lay out costs as text: a row per schedule, and behind each figure its ratio to the first row's."""
+    headings = ["schedule", *(heading for heading, _, _ in COLUMNS.values())]
+    rows = [headings]
+    for cost in costs:
+        ratios, cells = _with_ratios(cost, costs[0])["ratios"], [cost.schedule]
+        for name, (_, unit, style) in COLUMNS.items():
+            value, ratio = getattr(cost, name), ratios[name]
+            cells.append("?" if value is None else f"{value / unit:{style}} ({ratio:.3f})" if ratio else "0")
+        rows.append(cells)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(headings))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if not place else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``python -m hico.bench``; return the exit status."""
+    parser = argparse.ArgumentParser(prog="hico bench", description=__doc__)
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
