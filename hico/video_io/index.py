@@ -4,9 +4,9 @@ It is read from the packets without decoding (0.03 s for a minute of 720p), and 
 frame numbers and timestamps never depend on the decoder.
 """
 
+from array import array
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
 
 import av
 import av.error
@@ -16,6 +16,9 @@ from hico.video_io.source import Source, VideoError
 
 RATE_TOLERANCE = 0.05
 """A declared frame rate is believed if the timestamps agree with it to this ratio; otherwise they are counted."""
+
+NO_TIME = -(2**63)
+"""FFmpeg's mark for a timestamp that is not known."""
 
 BROKEN_OFF = (av.error.FFmpegError, IndexError)
 """What demuxing raises where a file breaks off; IndexError where damage looks to FFmpeg like one more stream."""
@@ -83,12 +86,17 @@ class VideoIndex:
 
 
 @dataclass(frozen=True)
-class _Packet:
-    pts: int | None
-    dts: int | None
-    duration: int
-    is_keyframe: bool
-    is_hidden: bool
+class _Packets:
+    """All packets in the order of the file, as columns; ``NO_TIME`` where a timestamp is not given."""
+
+    pts: np.ndarray
+    dts: np.ndarray
+    duration: np.ndarray
+    is_keyframe: np.ndarray
+    is_hidden: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.pts)
 
 
 def best_video_stream(container: av.container.InputContainer, source: Source) -> av.VideoStream:
@@ -119,37 +127,26 @@ def build_index(source: Source) -> VideoIndex:
         stream = best_video_stream(container, source)
         stream.codec_context.thread_count = 1
         packets, first = _read_packets(container, stream)
-        if first is None:
+        codec = stream.codec_context.name
+        if first is None or packets.is_hidden.all():
             raise VideoError(
                 f"{source.name}: none of its {len(packets)} frames could be decoded; the file is damaged or its codec "
-                f"({stream.codec_context.name}) is not supported. Fetch it again, or convert it with ffmpeg"
+                f"({codec}) is not supported. Fetch it again, or convert it with ffmpeg"
             )
-        is_quarter_turned = round(first.rotation / 90) % 2
         # AVI stores no presentation times, and FFmpeg's guess is out of order where frames are reordered.
-        guessed = "avi" in container.format.name and stream.codec_context.name in {"h264", "hevc"}
-        timed = not guessed and all(packet.pts is not None for packet in packets)
-        shown = [packet for packet in packets if not packet.is_hidden]
+        is_guess = "avi" in container.format.name and codec in {"h264", "hevc"}
         is_broadcast = "mpeg" in container.format.name
-        times = _display_times(packets, is_broadcast=is_broadcast) if timed else np.arange(len(shown))
-        rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-        seconds = (times - times[0]) * float(stream.time_base if timed else 1 / rate)
-        duration = float(seconds[-1]) + _last_duration(shown, stream, seconds, rate, timed)
-        counted = len(times) / duration
-        is_believable = abs(float(rate) - counted) <= RATE_TOLERANCE * counted
-        info = VideoInfo(
-            name=source.name,
-            num_frames=len(times),
-            fps=float(rate) if is_believable else counted,
-            duration=duration,
-            width=first.height if is_quarter_turned else first.width,
-            height=first.width if is_quarter_turned else first.height,
-            rotation=round(first.rotation / 90) % 4 * 90,
-            codec=stream.codec_context.name,
-        )
+        timed = not is_guess and bool((packets.pts != NO_TIME).all())
+        declared = stream.average_rate or stream.guessed_rate or Fraction(25)
+        if timed:
+            times, tick = _display_times(packets, is_broadcast=is_broadcast), float(stream.time_base)
+        else:
+            times, tick = np.arange(int((~packets.is_hidden).sum())), float(1 / declared)
+        seconds = (times - times[0]) * tick
         promised = stream.frames if "mp4" in container.format.name else 0
         return VideoIndex(
-            info=info,
-            start=float(times[0] * stream.time_base) if timed else 0.0,
+            info=_info(source, codec, first, seconds, declared, _last_duration(packets, seconds, tick, timed=timed)),
+            start=float(times[0] * tick) if timed else 0.0,
             seconds=seconds,
             pts=times,
             keyframes=_keyframes(packets, times) if timed else (Keyframe(0, None, None),),
@@ -160,22 +157,45 @@ def build_index(source: Source) -> VideoIndex:
         )
 
 
+def _info(
+    source: Source, codec: str, first: av.VideoFrame, seconds: np.ndarray, declared: Fraction, last_duration: float
+) -> VideoInfo:
+    duration = float(seconds[-1]) + (last_duration or float(1 / declared))
+    counted = len(seconds) / duration
+    is_believable = abs(float(declared) - counted) <= RATE_TOLERANCE * counted
+    quarters = round(first.rotation / 90) % 4
+    width, height = (first.height, first.width) if quarters % 2 else (first.width, first.height)
+    return VideoInfo(
+        name=source.name,
+        num_frames=len(seconds),
+        fps=float(declared) if is_believable else counted,
+        duration=duration,
+        width=width,
+        height=height,
+        rotation=quarters * 90,
+        codec=codec,
+    )
+
+
 def _read_packets(
     container: av.container.InputContainer, stream: av.VideoStream
-) -> tuple[list[_Packet], av.VideoFrame | None]:
+) -> tuple[_Packets, av.VideoFrame | None]:
     """List the packets up to the end, or to where the file breaks off, and decode the first frame on the way."""
-    packets, first = [], None
+    pts, dts, duration, flags, first = array("q"), array("q"), array("q"), bytearray(), None
     try:
         for packet in container.demux(stream):
             if packet.size and not packet.is_corrupt:
-                packets.append(
-                    _Packet(packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe, packet.is_discard)
-                )
+                pts.append(NO_TIME if packet.pts is None else packet.pts)
+                dts.append(NO_TIME if packet.dts is None else packet.dts)
+                duration.append(packet.duration or 0)
+                flags.append(packet.is_keyframe + 2 * packet.is_discard)
             if first is None:
                 first = _first_frame(packet)
     except BROKEN_OFF:
-        pass  # Broken off; the header's promise tells how much is missing.
-    return packets, first
+        pass  # The header's promise tells how much is missing.
+    flags = np.frombuffer(flags, np.uint8)
+    columns = (np.frombuffer(column, np.int64) for column in (pts, dts, duration))
+    return _Packets(*columns, is_keyframe=flags % 2 == 1, is_hidden=flags >= 2), first
 
 
 def _first_frame(packet: av.Packet) -> av.VideoFrame | None:
@@ -185,36 +205,39 @@ def _first_frame(packet: av.Packet) -> av.VideoFrame | None:
         return None
 
 
-def _display_times(packets: list[_Packet], *, is_broadcast: bool) -> np.ndarray:
+def _display_times(packets: _Packets, *, is_broadcast: bool) -> np.ndarray:
     """Sort the shown packets' timestamps, without the frames before the first keyframe of a recorded broadcast."""
-    shown = {packet.pts for packet in packets if not packet.is_hidden}
-    start = min((packet.pts for packet in packets if packet.is_keyframe and is_broadcast), default=min(shown))
-    return np.array(sorted(pts for pts in shown if pts >= start), dtype=np.int64)
+    times = np.unique(packets.pts[~packets.is_hidden])
+    keyframes = packets.pts[packets.is_keyframe]
+    return times[times >= keyframes.min()] if is_broadcast and len(keyframes) else times
 
 
-def _keyframes(packets: list[_Packet], times: np.ndarray) -> tuple[Keyframe, ...]:
+def _keyframes(packets: _Packets, times: np.ndarray) -> tuple[Keyframe, ...]:
     """Number the keyframes by the frame that they lead to; an edit list may hide the first one itself."""
-    marked = [packet for number, packet in enumerate(packets) if packet.is_keyframe or number == 0]
-    found = [Keyframe(int(np.searchsorted(times, packet.pts)), packet.pts, packet.dts) for packet in marked]
-    found = sorted((start for start in found if start.position < len(times)), key=lambda start: start.pts)
-    last_of_position = [a for a, b in pairwise(found) if a.position != b.position]
-    return (*last_of_position, found[-1])
+    is_start = packets.is_keyframe.copy()
+    is_start[0] = True
+    found = np.flatnonzero(is_start)
+    found = found[np.argsort(packets.pts[found], kind="stable")]
+    positions = np.searchsorted(times, packets.pts[found])
+    is_last_of_position = np.append(positions[1:] != positions[:-1], True) & (positions < len(times))
+    return tuple(
+        Keyframe(int(position), int(pts), None if dts == NO_TIME else int(dts))
+        for position, pts, dts in zip(
+            positions[is_last_of_position],
+            packets.pts[found][is_last_of_position],
+            packets.dts[found][is_last_of_position],
+            strict=True,
+        )
+    )
 
 
-def _has_leading(packets: list[_Packet]) -> bool:
-    keyframe = None
-    for packet in packets:
-        if packet.is_keyframe:
-            keyframe = packet
-        elif keyframe is not None and packet.pts < keyframe.pts:
-            return True
-    return False
+def _has_leading(packets: _Packets) -> bool:
+    numbers = np.where(packets.is_keyframe, np.arange(len(packets)), -1)
+    keyframes = np.maximum.accumulate(numbers)
+    return bool(((keyframes >= 0) & (packets.pts < packets.pts[keyframes])).any())
 
 
-def _last_duration(
-    shown: list[_Packet], stream: av.VideoStream, seconds: np.ndarray, rate: Fraction, timed: bool
-) -> float:
-    last = max(shown, key=lambda packet: packet.pts) if timed else shown[-1]
-    if timed and last.duration:
-        return float(last.duration * stream.time_base)
-    return float(np.median(np.diff(seconds))) if len(seconds) > 1 else float(1 / rate)
+def _last_duration(packets: _Packets, seconds: np.ndarray, tick: float, *, timed: bool) -> float:
+    """Return the seconds for which the last frame is shown; 0 if nothing tells."""
+    declared = packets.duration[packets.pts.argmax()] * tick if timed else 0.0
+    return float(declared or (np.median(np.diff(seconds)) if len(seconds) > 1 else 0.0))
