@@ -166,3 +166,42 @@ def damage_packets(path: Path, damaged: Iterable[int]) -> Path:
         data[begin : begin + size] = noise.integers(0, 256, size, dtype=np.uint8).tobytes()
     path.write_bytes(bytes(data))
     return path
+
+
+NUM_FRAMES, FPS, GOP = 48, 24, 12
+UNEVEN = tuple(np.cumsum(np.random.default_rng(0).integers(10, 100, NUM_FRAMES) / 1000).tolist())
+FORMATS = {
+    "h264.mp4": {"b_frames": 3},
+    "fragmented.mp4": {"b_frames": 2, "container_options": {"movflags": "frag_keyframe+empty_moov"}},
+    "hevc.mp4": {"codec": "libx265", "b_frames": 3},
+    "av1.mp4": {"codec": "libsvtav1"},
+    "vp9.webm": {"codec": "libvpx-vp9"},
+    "vp8.webm": {"codec": "libvpx"},
+    "mpeg4.avi": {"codec": "mpeg4", "b_frames": 2},
+    "h264.avi": {"b_frames": 2},
+    "h264.mkv": {"b_frames": 2},
+    "open_gop.mkv": {"b_frames": 3, "options": {"x264-params": "open-gop=1"}},
+    "h264.ts": {"b_frames": 2},
+    "mpeg2.mpg": {"codec": "mpeg2video", "b_frames": 2, "fps": 25},
+    "h264.flv": {"b_frames": 2},
+    "raw.h264": {"b_frames": 2, "fps": 25},
+    "uneven.mp4": {"b_frames": 2, "seconds": UNEVEN},
+    "late.mp4": {"b_frames": 2, "offset": 1.5},
+    "intra.mp4": {"gop": 1},
+    "one_keyframe.mp4": {"gop": 1000, "b_frames": 2},
+    "with_sound.mp4": {"b_frames": 2, "audio": True},
+}
+"""What can be written: container and codec by file name, with the arguments of ``write_video``."""
+
+
+def write_format(folder: Path, name: str) -> Path:
+    """Write one of ``FORMATS``, unless it is there already."""
+    path = folder / name
+    return path if path.exists() else write_video(path, NUM_FRAMES, **{"gop": GOP, **FORMATS[name]})
+
+
+def expected_seconds(name: str) -> np.ndarray:
+    """Return when the frames of one of ``FORMATS`` are shown, the first one at 0."""
+    settings = FORMATS[name]
+    seconds = np.array(settings.get("seconds", np.arange(NUM_FRAMES) / settings.get("fps", FPS)))
+    return seconds - seconds[0]
