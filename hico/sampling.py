@@ -109,7 +109,7 @@ def sample_frames(
         published=_known("bounds", bounds, BOUNDS) == "published",
         generator=generator,
     )
-    _check_numbers(request)
+    _check_numbers(request, mode, rule)
     if not request.published:
         _check_effects(request, mode, rule)
     return rule.sample(request)
@@ -283,7 +283,7 @@ def _defaults(
     return max(1, least), most
 
 
-def _check_numbers(request: _Request) -> None:
+def _check_numbers(request: _Request, mode: str, rule: _Intervals | _AtTimes) -> None:
     if request.num_source_frames < 1:
         raise ValueError(f"a video of {request.num_source_frames} frames has nothing to sample")
     if not (math.isfinite(request.fps) and request.fps > 0):
@@ -294,6 +294,8 @@ def _check_numbers(request: _Request) -> None:
         raise ValueError(f"rate is {request.rate}; it must be a positive number of frames per second")
     if request.fix_start is not None and request.fix_start < 0:
         raise ValueError(f"fix_start is {request.fix_start}; it counts frames from the start of an interval")
+    if "num_frames" in rule.settings and (request.num_frames is None or request.num_frames < 1):
+        raise ValueError(f"the sampling mode {mode!r} needs num_frames of at least 1, not {request.num_frames}")
 
 
 def _check_effects(request: _Request, mode: str, rule: _Intervals | _AtTimes) -> None:
@@ -307,8 +309,6 @@ def _check_effects(request: _Request, mode: str, rule: _Intervals | _AtTimes) ->
         value = getattr(request, name)
         if value is not None and name not in rule.settings:
             raise ValueError(f"{name} = {value} has no effect in the sampling mode {mode!r}; leave it out")
-    if "num_frames" in rule.settings and (request.num_frames is None or request.num_frames < 1):
-        raise ValueError(f"the sampling mode {mode!r} needs num_frames of at least 1, not {request.num_frames}")
 
 
 def _known(kind: str, name: str, names: tuple[str, ...]) -> str:

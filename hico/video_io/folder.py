@@ -47,7 +47,9 @@ def index_folder(source: Source, fps: float) -> VideoIndex:
         codec="images",
     )
     keyframes = tuple(Keyframe(position, position, position) for position in range(len(files)))
-    return VideoIndex(info=info, start=0.0, seconds=seconds, pts=np.arange(len(files)), keyframes=keyframes)
+    return VideoIndex(
+        info=info, start=0.0, tick=1 / fps, seconds=seconds, pts=np.arange(len(files)), keyframes=keyframes
+    )
 
 
 class FolderReader(Reader):

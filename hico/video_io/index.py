@@ -65,6 +65,7 @@ class VideoIndex:
     Args:
         info: the facts for users.
         start: seconds of the first frame on the container's own clock.
+        tick: seconds per unit of ``pts``.
         seconds: ``(F,)`` float64, when each frame appears; the first one at 0.
         pts: ``(F,)`` int64 presentation timestamps; the frame's number where the file has none (``timed`` is False).
         keyframes: where decoding can start, in display order; the first one leads to frame 0.
@@ -76,6 +77,7 @@ class VideoIndex:
 
     info: VideoInfo
     start: float
+    tick: float
     seconds: np.ndarray
     pts: np.ndarray
     keyframes: tuple[Keyframe, ...]
@@ -83,6 +85,10 @@ class VideoIndex:
     is_broadcast: bool = False
     has_leading: bool = False
     num_missing: int = 0
+
+    def seconds_of(self, pts: int) -> float:
+        """Return when the frame with a timestamp appears."""
+        return (pts - int(self.pts[0])) * self.tick
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,7 @@ def build_index(source: Source) -> VideoIndex:
         return VideoIndex(
             info=_info(source, codec, first, seconds, declared, _last_duration(packets, seconds, tick, timed=timed)),
             start=float(times[0] * tick) if timed else 0.0,
+            tick=tick,
             seconds=seconds,
             pts=times,
             keyframes=_keyframes(packets, times) if timed else (Keyframe(0, None, None),),

@@ -182,10 +182,11 @@ def make_plan(source: VideoSource, settings: ReadSettings) -> Plan:
             f"{source.name}: the sampling mode {settings.mode!r} finds no frame in {duration:.2f} s; sample at a "
             "higher rate, or set bounds='max_wins'"
         )
-    frames = [first + position for position in pad_to_clips(sampled, settings.clip_len, pad=settings.pad)]
+    frames = [first + position for position in sampled]
     if not settings.exact:
         keyframes = [keyframe.position for keyframe in index.keyframes if first <= keyframe.position < last]
         frames = nearest_keyframes(frames, keyframes, index.seconds)
+    frames = pad_to_clips(frames, settings.clip_len, pad=settings.pad)
     wanted, places = _places(frames)
     size = _size(settings.size, index)
     return Plan(

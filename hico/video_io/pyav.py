@@ -1,8 +1,8 @@
 """Decode with PyAV: seek where that is cheaper, skip what no sample needs, and decode between keyframes in parallel.
 
-Three things are left out of the decoding, none of which changes a pixel: frames before a keyframe that is near enough
-to seek to, frames that no other frame refers to (in the codecs that say so reliably), and frames after the last sample
-of a run, by draining the decoder as soon as that sample's packet is in.
+Three things are left out of the decoding, none of which changes a pixel: the rest of a GOP, where the next sample lies
+behind a later keyframe; frames that no other frame refers to, in the codecs that say so reliably; and the frames after
+the last sample of a run, by draining the decoder as soon as that sample's packet is in.
 """
 
 import threading
@@ -12,7 +12,6 @@ from itertools import chain
 
 import av
 import av.error
-import numpy as np
 
 from hico.video_io.base import Reader, Sink
 from hico.video_io.index import BROKEN_OFF, Keyframe, VideoIndex, best_video_stream
@@ -40,7 +39,8 @@ class PyAVReader(Reader):
             _Worker(source, index, wanted, sink, resizer=resizer(), num_threads=num_threads // num_workers)
             for _ in range(num_workers)
         ]
-        threads = [threading.Thread(target=work.share, args=(worker,), daemon=True) for worker in workers[1:]]
+        name = f"decode {source.name}"
+        threads = [threading.Thread(target=work.share, args=(each,), name=name, daemon=True) for each in workers[1:]]
         for thread in threads:
             thread.start()
         work.share(workers[0])
@@ -135,8 +135,9 @@ class _Worker:
                     return
         previous = previous or self._last_before(run.keyframe)
         if previous is None:
+            begin = self._index.seconds_of(self._pts(run.first))
             raise VideoError(
-                f"{self._source.name}: no frame could be decoded from {self._seconds(self._pts(run.first)):.2f} s on; "
+                f"{self._source.name}: no frame could be decoded from {begin:.2f} s on; "
                 "the file is damaged. Fetch it again, or set end to an earlier time"
             )
         for position in range(here, run.last):
@@ -158,13 +159,10 @@ class _Worker:
 
     def _finish(self, here: int, time: int, frame: av.VideoFrame) -> None:
         self.num_lost += time != self._pts(here)
-        self._sink.put(here, self._resizer(frame), self._seconds(time))
+        self._sink.put(here, self._resizer(frame), self._index.seconds_of(time))
 
     def _pts(self, here: int) -> int:
         return int(self._index.pts[self._wanted[here]])
-
-    def _seconds(self, time: int) -> float:
-        return float(np.interp(time, self._index.pts, self._index.seconds))
 
 
 class _Decoder:
