@@ -14,6 +14,4 @@ if __name__ == "__main__":
     args = parser.parse_args()
     write_corpus(args.folder, CorpusSize().scaled(args.scale), seed=args.seed)
     write_untrained(args.folder / "model", seed=args.seed)
-    print(
-        f"{args.folder}: corpus and untrained model; now TINY={args.folder} python -m hico.train --config train/tiny/all.yaml"
-    )
+    print(f"written; train on it with\n  TINY={args.folder} python -m hico.train --config train/tiny/all.yaml")

@@ -1,16 +1,13 @@
 """The whole course: corpus, warm-ups, four stages, exams and pictures."""
 
 import contextlib
-import io
 import json
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from hico.modeling_hico import HicoForConditionalGeneration
 from hico.processing_hico import HicoProcessor

@@ -1,4 +1,4 @@
-"""The model that learns the tiny world: a stock Qwen2, the UMT encoder and token merging, a quarter million weights."""
+"""The model that learns the tiny world: stock Qwen2, UMT encoder and token merging, with 250,000 weights."""
 
 import re
 from pathlib import Path
