@@ -12,7 +12,9 @@ from PIL import Image
 from videos import (
     FORMATS,
     FPS,
+    GOP,
     cut_by_copy,
+    damage_packets,
     write_format,
     write_images,
     write_video,
@@ -112,10 +114,15 @@ def test_other_readers_give_the_same_pixels(folder, reader, name):
 
 
 @pytest.mark.parametrize("reader", ["decord", "torchcodec"])
-@pytest.mark.parametrize("name", ["cut", *FORMATS])
+@pytest.mark.parametrize("name", ["cut", "damaged", *FORMATS])
 def test_other_readers_are_right_or_refuse(folder, plain, tmp_path, reader, name):
     _need(reader)
-    path = cut_by_copy(plain, tmp_path / "cut.mp4", 20 / FPS) if name == "cut" else write_format(folder, name)
+    if name == "cut":
+        path = cut_by_copy(plain, tmp_path / "cut.mp4", 20 / FPS)
+    elif name == "damaged":
+        path = damage_packets(write_video(tmp_path / "damaged.mp4", codec="libvpx-vp9", gop=GOP), range(12, 24))
+    else:
+        path = write_format(folder, name)
     expected = read_video(path, num_frames=20, size=32)
     try:
         video = read_video(path, num_frames=20, size=32, reader=reader)

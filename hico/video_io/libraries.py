@@ -94,13 +94,14 @@ class DecordReader(_LibraryReader):
         file = source.location or source.fresh_file()
         try:
             reader = decord.VideoReader(file, ctx=decord.cpu(0), num_threads=num_threads)
+            self._check_count(source, index, len(reader))
+            positions = list(range(len(reader)))
+            shown = reader.get_frame_timestamp(positions)[:, 0]
+            self._check(source, index, positions, shown - shown[0])
+            for first in range(0, len(wanted), BATCH_FRAMES):
+                yield reader.get_batch(wanted[first : first + BATCH_FRAMES]).asnumpy()
         except decord.DECORDError as error:
             raise RuntimeError(str(error)) from error
-        self._check_count(source, index, len(reader))
-        shown = reader.get_frame_timestamp(list(range(len(reader))))[:, 0]
-        self._check(source, index, list(range(len(reader))), shown - shown[0])
-        for first in range(0, len(wanted), BATCH_FRAMES):
-            yield reader.get_batch(wanted[first : first + BATCH_FRAMES]).asnumpy()
 
 
 class TorchCodecReader(_LibraryReader):
