@@ -18,6 +18,7 @@ from hico.train.checkpoint import checkpoints, is_complete, read_manifest
 from hico.train.collator import Collator
 from hico.train.dataset import BadRow, TrainingRows, label_marks
 from hico.train.decoding import SampleError
+from hico.train.throughput import TokenLoss
 
 
 @pytest.fixture(scope="module")
@@ -279,25 +280,30 @@ def test_a_packed_row_does_not_see_its_neighbours(folder):
     torch.testing.assert_close(logits[1][:, -logits[0].shape[1] :], logits[0])
 
 
-def test_the_blank_image_adds_nothing_and_reaches_every_part(folder):
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("needed", ["pixels", "both"])
+def test_blank_rows_add_nothing_and_reach_every_part(folder, needed, packed):
+    changes = {"packing": True, "max_tokens_per_batch": 8192} if packed else {}
     model = HicoForConditionalGeneration.from_pretrained(folder / "init").train()
-    loss, gradients = loss_and_gradients(model, batch_for(make(folder), [2, 5]))
-    with_image, reached = loss_and_gradients(model, batch_for(make(folder), [2, 5], blank_image=True))
-    torch.testing.assert_close(with_image, loss)
+    loss, gradients = loss_and_gradients(model, batch_for(make(folder, **changes), [2, 5]))
+    batch = batch_for(make(folder, **changes), [2, 5], needed=needed)
+    assert ("pixel_values_videos" in batch) == (needed == "both")
+    assert "pixel_values" in batch
+    with_blanks, reached = loss_and_gradients(model, batch)
+    torch.testing.assert_close(with_blanks, loss)
     for name, gradient in reached.items():
         assert gradient is not None, name
         expected = torch.zeros_like(gradient) if gradients[name] is None else gradients[name]
         torch.testing.assert_close(gradient, expected)
 
 
-def test_a_device_without_rows_has_a_batch_that_weighs_nothing(folder):
+@pytest.mark.parametrize("needed", ["rows", "pixels", "both"])
+def test_a_device_without_rows_has_a_batch_that_weighs_nothing(folder, needed):
     dataset, _ = examples(make(folder), [])
-    batch = Collator(dataset.processor)([BadRow(0, "x", "y")])
+    batch = Collator(dataset.processor, needed=needed)([BadRow(0, "x", "y")])
     assert [row.where for row in batch.pop("bad_rows")] == ["x"]
     assert (batch["labels"] == IGNORE_INDEX).all()
     model = HicoForConditionalGeneration.from_pretrained(folder / "init").train()
-    from hico.train.throughput import TokenLoss
-
     model.loss_function = TokenLoss()
     loss, gradients = loss_and_gradients(model, {**batch, "num_items_in_batch": torch.tensor(10)})
     assert loss == 0

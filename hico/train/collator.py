@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hico.processing_hico import HicoProcessor
-from hico.prompt import IGNORE_INDEX, IMAGE_TOKEN
+from hico.prompt import IGNORE_INDEX, IMAGE_TOKEN, VIDEO_TOKEN
 from hico.train.dataset import BadRow
 from hico.train.mixture import MODALITIES
 
@@ -21,25 +21,29 @@ class Collator:
 
     A batch holds ``input_ids`` and ``labels`` ``(B, S)``, ``attention_mask`` or, if packed, ``position_ids``; the
     rows' pixels; ``modality`` ``(B, S)``, that of the row at every token; and ``bad_rows``, those left out. A batch
-    without pixels gets a black image in a row of its own, without labels, if ``blank_image`` is set: across
-    devices, every part of the model must run on each. So does a batch without rows.
+    that lacks rows gets a black image or video in a row of its own, without labels: it adds nothing to the loss.
 
     Args:
         processor: of the model.
         packing: one sequence instead of padded rows; positions begin anew with every row, so that attention stays
             within it.
-        blank_image: see above.
+        needed: what every batch must have: ``"rows"``; ``"pixels"``, so that every part of the model runs and gets a
+            gradient, as data-parallel devices must agree on; or ``"both"`` images and videos, so that the encoder
+            runs equally often on every device, as sharded weights need.
     """
 
     processor: HicoProcessor
     packing: bool = False
-    blank_image: bool = False
+    needed: str = "rows"
 
     def __call__(self, examples: Sequence[dict[str, Any] | BadRow]) -> dict[str, Any]:
         bad_rows = [example for example in examples if isinstance(example, BadRow)]
         rows = [example for example in examples if not isinstance(example, BadRow)]
-        if not rows or (self.blank_image and not any(name in row for row in rows for name in PIXELS)):
-            rows.append(self._blank())
+        present = {name for row in rows for name in PIXELS if name in row}
+        if not rows or (self.needed != "rows" and not present) or (self.needed == "both" and PIXELS[0] not in present):
+            rows.append(self._blank("video" if self.needed == "both" else "image"))
+        if self.needed == "both" and "pixel_values" not in present:
+            rows.append(self._blank("image"))
         batch = self._pack(rows) if self.packing else self._pad(rows)
         for name in PIXELS:
             if values := [row[name] for row in rows if name in row]:
@@ -67,14 +71,18 @@ class Collator:
         }
         return {name: torch.cat(values)[None] for name, values in columns.items()}
 
-    def _blank(self) -> dict[str, Any]:
+    def _blank(self, kind: str) -> dict[str, Any]:
         vision = self.processor.vision
-        token = self.processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        input_ids = torch.full((vision.num_image_tokens(),), token)
-        return {
-            "input_ids": input_ids,
-            "labels": torch.full_like(input_ids, IGNORE_INDEX),
-            "pixel_values": torch.zeros(1, 3, vision.image_size, vision.image_size, dtype=torch.uint8),
-            "image_grids": torch.zeros(1, 2, dtype=torch.long),
-            "modality": MODALITIES.index("text"),
-        }
+        frame = torch.zeros(3, vision.image_size, vision.image_size, dtype=torch.uint8)
+        if kind == "image":
+            token, count = IMAGE_TOKEN, vision.num_image_tokens()
+            pixels = {"pixel_values": frame[None], "image_grids": torch.zeros(1, 2, dtype=torch.long)}
+        else:
+            token, count = VIDEO_TOKEN, vision.num_video_tokens(vision.clip_len)
+            pixels = {
+                "pixel_values_videos": frame.repeat(1, vision.clip_len, 1, 1, 1),
+                "video_num_clips": torch.ones(1, dtype=torch.long),
+            }
+        input_ids = torch.full((count,), self.processor.tokenizer.convert_tokens_to_ids(token))
+        labels = torch.full_like(input_ids, IGNORE_INDEX)
+        return {"input_ids": input_ids, "labels": labels, "modality": MODALITIES.index("text"), **pixels}

@@ -39,6 +39,8 @@ class Recipe:
     """Share of the training rows to hold out instead, in [0, 1)."""
     sampling_strategy: str = "all"
     """Rows to take of every dataset, after the dataset's own strategy."""
+    objective: str = "answers"
+    """What is learned: ``answers``; or ``tracks``, the encoder alone on what moves, see `hico.train.tracks`."""
     trainable: list = field(default_factory=lambda: list(PARTS))
     """Parts that learn; the others are frozen."""
     part_learning_rates: dict = field(default_factory=dict)
@@ -78,7 +80,7 @@ class Recipe:
     check_files: bool = True
     """Look for every file of the mixture before the first step."""
     drop_schedule: str | list | dict | None = None
-    """Progressive visual dropout in the LLM, as `HicoForConditionalGeneration.set_drop_schedule` takes it."""
+    """Progressive visual dropout in the LLM (``uniform@4:0.75,attention@18:0.25``); the checkpoint's if omitted."""
     lora: dict | None = None
     """Adapters on the LLM: keywords of `peft.LoraConfig`."""
     peak_tflops: float | None = None
@@ -103,6 +105,7 @@ class Recipe:
                 "use 1 <= min_frames <= max_frames"
             )
         choices = {"on_bad_sample": ("raise", "skip"), "time_message": ("short", "long", None)}
+        choices["objective"] = ("answers", "tracks")
         choices["label_scheme"] = ("assistant", "published", "longva")
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
@@ -111,7 +114,7 @@ class Recipe:
             raise ValueError(f"eval_fraction is {self.eval_fraction}; use [0, 1), and 0 beside eval_data")
         if self.packing and self.max_tokens_per_batch is None:
             raise ValueError("packing fills sequences up to a token budget; set max_tokens_per_batch")
-        if self.packing and self.drop_schedule:
+        if self.packing and self.drop_schedule not in (None, "none"):
             raise ValueError("packing cannot be combined with drop_schedule: dropped tokens move the rows' borders")
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < self.max_length:
             raise ValueError(

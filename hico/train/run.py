@@ -24,6 +24,7 @@ from hico.train.lora import ADAPTER_CONFIG, add_lora, load_merged
 from hico.train.mixture import Mixture, read_mixture
 from hico.train.parts import freeze
 from hico.train.throughput import FlopCounter, peak_tflops
+from hico.train.tracks import pretrain_encoder
 from hico.train.trainer import HicoTrainer, unwrapped
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,10 @@ def run_stage(recipe: Recipe) -> Path:
     # Before anything is loaded: under ZeRO-3 the arguments decide how weights are placed.
     args = training_arguments(recipe)
     prepared = prepare(recipe, check_files=recipe.check_files and args.process_index == 0)
+    if recipe.objective == "tracks":
+        set_seed(args.seed)
+        rows = TrainingRows(prepared.mixture, prepared.processor, recipe, seed=args.seed)
+        return pretrain_encoder(load_model(recipe, prepared.config), args, rows)
     trainer = make_trainer(recipe, args, prepared)
     last = checkpoint.checkpoints(output_dir)[-1:]
     if last:
@@ -96,8 +101,8 @@ def make_trainer(recipe: Recipe, args: TrainingArguments, prepared: Prepared) ->
     if recipe.lora is not None:
         model = add_lora(model, recipe.lora, trainable=recipe.trainable)
     freeze(model, recipe.trainable)
-    if prepared.schedule:
-        unwrapped(model).set_drop_schedule(prepared.schedule, queries="before_answers")
+    if recipe.drop_schedule is not None:
+        unwrapped(model).set_drop_schedule(prepared.schedule)
     dataset = TrainingRows(prepared.mixture, prepared.processor, recipe, seed=args.seed)
     eval_dataset = prepared.eval_mixture and TrainingRows(
         prepared.eval_mixture, prepared.processor, recipe, seed=args.seed
@@ -147,7 +152,13 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         settings.setdefault("eval_strategy", "epoch")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     settings["gradient_accumulation_steps"] = recipe.gradient_accumulation(world_size)
-    return TrainingArguments(output_dir=recipe.output_dir, remove_unused_columns=False, **settings)
+    args = TrainingArguments(output_dir=recipe.output_dir, remove_unused_columns=False, **settings)
+    if args.deepspeed and args.device.type == "cpu" and args.world_size > 1:
+        # On CPUs accelerate 1.15 starts torch's process group but not DeepSpeed's, which ZeRO-3 needs for loading.
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")
+    return args
 
 
 def load_config(recipe: Recipe) -> tuple[HicoConfig, HicoProcessor]:
@@ -192,17 +203,25 @@ def load_model(recipe: Recipe, config: HicoConfig) -> HicoForConditionalGenerati
 
 
 def read_schedule(recipe: Recipe, config: HicoConfig) -> DropSchedule:
-    """Read the recipe's drop schedule, also in the published form (a mapping of ``llm_compress_type`` and lists).
+    """Read the recipe's drop schedule, or else the checkpoint's; ``none`` switches the latter off.
+
+    A mapping of ``llm_compress_type``, ``llm_compress_layer_list`` and ``llm_image_token_ratio_list`` is the
+    published form.
 
     Raises:
-        ValueError: if it cannot be read, or names a layer that the LLM does not have.
+        ValueError: if it cannot be read, names a layer that the LLM does not have, or rows are packed.
     """
-    spec = recipe.drop_schedule
+    spec = config.drop_schedule if recipe.drop_schedule is None else recipe.drop_schedule
     try:
         schedule = DropSchedule.from_published(**spec) if isinstance(spec, Mapping) else DropSchedule.parse(spec)
     except TypeError as error:
         raise ValueError(f"drop_schedule {spec!r} is not of the published form: {error}") from error
     schedule.check_depth(config.text_config.num_hidden_layers)
+    if schedule and recipe.packing:
+        raise ValueError(
+            f"packing cannot be combined with the checkpoint's drop schedule {schedule}: dropped tokens move the "
+            "rows' borders; set drop_schedule: none"
+        )
     return schedule
 
 

@@ -3,15 +3,18 @@
 import json
 import logging
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hico.train import checkpoint
 from hico.train.batching import BatchRule, BatchSampler, EpochLoader
@@ -69,7 +72,9 @@ class HicoTrainer(Trainer):
         self.meter = Meter(peak_tflops if flops else None)
         self.token_loss, self.stop_on_signal = TokenLoss(), StopOnSignal()
         unwrapped(model).loss_function = self.token_loss
-        collator = Collator(dataset.processor, packing=recipe.packing, blank_image=args.world_size > 1)
+        collator = Collator(
+            dataset.processor, packing=recipe.packing, needed="pixels" if args.world_size > 1 else "rows"
+        )
         super().__init__(
             model,
             args,
@@ -79,6 +84,12 @@ class HicoTrainer(Trainer):
             processing_class=dataset.processor,
             callbacks=[self.stop_on_signal, _AlignLogs()],
         )
+        if args.world_size > 1 and (is_deepspeed_zero3_enabled() or self.is_fsdp_enabled):
+            # Devices gather sharded weights together, so all must run the encoder equally often: once per batch for
+            # images and once for videos, not once per chunk of clips.
+            collator.needed = "both"
+            core = unwrapped(model).model
+            core.encode = partial(core.encode, clips_per_chunk=sys.maxsize)
         self.bad_rows = BadRows(Path(args.output_dir), args.process_index, recipe.max_bad_fraction)
         self._since = time.perf_counter()
         self._visual_ids = dataset.visual_ids

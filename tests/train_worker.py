@@ -1,0 +1,65 @@
+"""One process of a training run whose gradients are looked at: ``train_worker.py RECIPE.json RESULT.pt``."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from hico.train import run
+from hico.train.config import make_recipe
+
+
+class Record(TrainerCallback):
+    """Keep the gradients of the first step, averaged over devices."""
+
+    def __init__(self):
+        self.gradients = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if not self.gradients:
+            self.gradients = {name: p.grad.clone() for name, p in named(model) if p.grad is not None}
+
+
+def named(model):
+    return [(name.removeprefix("module."), parameter) for name, parameter in model.named_parameters()]
+
+
+def record_deepspeed(record):
+    """Look at the gradients between backward and step, which DeepSpeed makes in one go."""
+    from deepspeed import DeepSpeedEngine
+    from deepspeed.utils import safe_get_full_grad
+
+    real = DeepSpeedEngine.step
+
+    def step(self, *args, **kwargs):
+        if not record.gradients and self.is_gradient_accumulation_boundary():
+            found = {name: safe_get_full_grad(parameter) for name, parameter in named(self.module)}
+            record.gradients = {name: gradient.clone() for name, gradient in found.items() if gradient is not None}
+        return real(self, *args, **kwargs)
+
+    DeepSpeedEngine.step = step
+
+
+def main(recipe_file, result):
+    recipe = make_recipe(json.loads(Path(recipe_file).read_text()))
+    args = run.training_arguments(recipe)
+    trainer = run.make_trainer(recipe, args, run.prepare(recipe))
+    record = Record()
+    if args.deepspeed:
+        record_deepspeed(record)
+    else:
+        trainer.add_callback(record)
+    trainer.train()
+    final = trainer.save_final()
+    if args.process_index == 0:
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        torch.save({"losses": losses, "gradients": record.gradients, "final": str(final)}, result)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
