@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,8 @@ TABLE_7 = (
     "uniform@4:0.75,attention@18:0.25",
 )
 """Schedules that the paper compares in its Table 7, beginning with no dropping."""
+M_MMAP_THRESHOLD = -3
+"""Of ``mallopt`` in glibc."""
 NARROW = {
     "vocab_size": 1024,
     "hidden_size": 512,
@@ -147,6 +151,7 @@ def bench_drop(args: argparse.Namespace) -> tuple[dict[str, Any], list[Cost]]:
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     from hico.configuration_hico import HicoConfig
+    from hico.llm_dropout import patch
     from hico.rotary import keep_rotary_in_float32
 
     if min(args.visual_tokens, args.text_tokens, args.new_tokens, args.repeats) < 1:
@@ -168,61 +173,48 @@ def bench_drop(args: argparse.Namespace) -> tuple[dict[str, Any], list[Cost]]:
     start = args.text_tokens // 2
     visual_mask[:, start : start + args.visual_tokens] = 1
 
-    rounds: dict[str, list[dict]] = {}
-    for number in range(args.repeats + 1):  # the first warms up
+    memory, rounds = {}, {schedule: [] for schedule in schedules}
+    for number in range(args.repeats + 1):
         for schedule in schedules:
-            figures = _measure(model, schedule, embeds, visual_mask, args)
-            if number:
-                rounds.setdefault(str(schedule), []).append(figures)
-            if sys.stderr.isatty():
-                print(f"\r{number}/{args.repeats} {schedule!s:60}", end="", file=sys.stderr, flush=True)
-    if sys.stderr.isatty():
-        print(f"\r{'':70}\r", end="", file=sys.stderr)
+            _show_progress(f"{number}/{args.repeats} {schedule}")
+            with torch.inference_mode(), patch(model, schedule, positions=args.positions):
+                if number:
+                    rounds[schedule].append(_time(model, embeds, visual_mask, args.new_tokens))
+                else:  # warms up, too
+                    memory[schedule] = _weigh(model, embeds, visual_mask)
+    _show_progress("")
     costs = []
     for schedule in schedules:
-        figures = rounds[str(schedule)]
         lengths = lengths_per_layer(
             schedule,
             num_layers=config.num_hidden_layers,
             num_visual=args.visual_tokens,
             num_text=args.text_tokens,
         )
+        prefill, decode = zip(*rounds[schedule], strict=True)
         # Other work on the machine only adds, so the least of the rounds is nearest to the truth.
-        least = {
-            name: None if figures[0][name] is None else min(figure[name] for figure in figures) for name in figures[0]
-        }
-        costs.append(Cost(str(schedule), prefill_flops(config, lengths), **least))
+        costs.append(Cost(str(schedule), prefill_flops(config, lengths), min(prefill), min(decode), *memory[schedule]))
     settings = {name: value for name, value in vars(args).items() if name not in ("run", "json", "schedules")}
     return {**settings, "device": str(device), "dtype": str(dtype), "torch": torch.__version__}, costs
 
 
-def _measure(model, schedule: DropSchedule, embeds, visual_mask, args: argparse.Namespace) -> dict[str, float | None]:
-    """Run one prefill and decode some tokens."""
-    import torch
+def _time(model, embeds, visual_mask, num_tokens: int) -> tuple[float, float]:
+    """Measure the seconds of a prefill, and of a decoded token on average."""
+    started = _now(embeds.device)
+    out = model(inputs_embeds=embeds, visual_mask=visual_mask, use_cache=True, logits_to_keep=1)
+    prefilled = _now(embeds.device)
+    for _ in range(num_tokens):
+        token = out.logits[:, -1:].argmax(-1)
+        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+    return prefilled - started, (_now(embeds.device) - prefilled) / num_tokens
 
-    from hico.llm_dropout import patch
 
-    with torch.inference_mode(), patch(model, schedule, positions=args.positions):
-        peak = _watch_memory(embeds.device)
-        started = _now(embeds.device)
+def _weigh(model, embeds, visual_mask) -> tuple[float, float | None]:
+    """Measure the bytes of the cache that a prefill leaves, and by how many bytes memory rose at most."""
+    with MemoryWatch(embeds.device) as peak:
         out = model(inputs_embeds=embeds, visual_mask=visual_mask, use_cache=True, logits_to_keep=1)
-        prefill_seconds = _now(embeds.device) - started
-        peak_bytes = peak()
-        cache = out.past_key_values
-        kv_bytes = sum(
-            part.numel() * part.element_size() for layer in cache.layers for part in (layer.keys, layer.values)
-        )
-        started = _now(embeds.device)
-        for _ in range(args.new_tokens):
-            token = out.logits[:, -1:].argmax(-1)
-            out = model(input_ids=token, past_key_values=cache, use_cache=True)
-        decode_seconds = (_now(embeds.device) - started) / args.new_tokens
-    return {
-        "prefill_seconds": prefill_seconds,
-        "decode_seconds": decode_seconds,
-        "kv_bytes": float(kv_bytes),
-        "peak_bytes": peak_bytes,
-    }
+    parts = [part for layer in out.past_key_values.layers for part in (layer.keys, layer.values)]
+    return float(sum(part.numel() * part.element_size() for part in parts)), peak.rise
 
 
 def _now(device) -> float:
@@ -233,30 +225,55 @@ def _now(device) -> float:
     return time.perf_counter()
 
 
-def _watch_memory(device) -> Callable[[], float | None]:
-    """Start to watch memory; the result tells by how many bytes it rose at most, or None where that is not known."""
-    import gc
+class MemoryWatch:
+    """Watch memory for the time of a ``with`` block.
 
-    import torch
+    Args:
+        device: a CUDA device; or the CPU, where the process is watched, which works on Linux.
+    """
 
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        return lambda: float(torch.cuda.max_memory_allocated(device) - before)
-    if not sys.platform.startswith("linux"):
-        return lambda: None
-    import ctypes
+    rise: float | None = None
+    """Bytes by which memory rose at most; None where that cannot be told."""
 
-    ctypes.CDLL(None).malloc_trim(0)  # hand freed memory back, or the rise would hide in it
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = _resident_kib("VmRSS")
-    return lambda: 1024.0 * (_resident_kib("VmHWM") - before)
+    def __init__(self, device):
+        self.device = device
+        self._libc = None
+        if device.type == "cpu" and sys.platform.startswith("linux"):
+            self._libc = ctypes.CDLL(None)
+
+    def __enter__(self) -> MemoryWatch:
+        gc.collect()
+        if self.device.type == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        elif self._libc is not None:
+            # Let every tensor come from the system and go back to it, or the rise would hide in what was freed before.
+            self._libc.mallopt(M_MMAP_THRESHOLD, 2**16)
+            self._libc.malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+            self._before = _resident_bytes("VmRSS")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.device.type == "cuda":
+            import torch
+
+            self.rise = float(torch.cuda.max_memory_allocated(self.device) - self._before)
+        elif self._libc is not None:
+            self.rise = _resident_bytes("VmHWM") - self._before
+            self._libc.mallopt(M_MMAP_THRESHOLD, 2**25)
 
 
-def _resident_kib(field: str) -> int:
+def _resident_bytes(field: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1])
+    return 1024.0 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def _show_progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{text:70}", end="" if text else "\r", file=sys.stderr, flush=True)
 
 
 def _with_ratios(cost: Cost, base: Cost) -> dict[str, Any]:

@@ -184,12 +184,17 @@ def same_config(model, name):
     return all(getattr(model.config, key, None) == getattr(other, key, None) for key in keys)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "unpadded"])
 @EVERY_POSITION
 @torch.no_grad()
-def test_a_second_prefill_equals_one_over_both(positions):
+def test_a_second_prefill_equals_one_over_both(positions, attention):
     """Two turns with a video each: the second call drops its own tokens and sees what the first left."""
-    model, first, second = build(), prompt([4, 12, 3], [5, 9, 5]), prompt([2, 10, 4], [2, 8, 6], seed=1)
-    reference = copy.deepcopy(model)
+    model, first, second = (
+        build(attention=attention),
+        prompt([4, 12, 3], [5, 9, 5]),
+        prompt([2, 10, 4], [2, 8, 6], seed=1),
+    )
+    reference = build()
     schedule = "attention@1:0.5,uniform@3:0.25"
     patch(model, schedule, positions=positions)
     out = model(**first.inputs, use_cache=True)

@@ -201,6 +201,7 @@ class DropHandle:
                 f"{type(decoder).__name__} does not hand its keyword arguments to its layers, so nothing was dropped; "
                 "it cannot be patched"
             )
+        plan.finish()
         if isinstance(output, ModelOutput):
             output.drop_plan = plan
 

@@ -194,6 +194,12 @@ class DropPlan:
             "position_embeddings": segment.position_embeddings,
         }
 
+    def finish(self) -> None:
+        """Forget the attention masks, unless a backward pass may run the layers again."""
+        if not torch.is_grad_enabled():
+            for segment in self._segments.values():
+                segment.masks.clear()
+
     # Deciding
 
     def _decide(
