@@ -170,12 +170,18 @@ class HicoConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read a configuration, in our layout or in that of VideoChat-Flash or LongVA; see `hico.published`."""
+        """Read a configuration, in our layout or in that of VideoChat-Flash or LongVA; see `hico.published`.
+
+        Raises:
+            OSError: if there is none; transformers would take the defaults, and so make a model of 7 billion weights.
+        """
         # Tokenizers of transformers import its configurations, and this module is imported while those are.
         from hico.tokenizer import add_placeholders, load_llm_tokenizer
 
         hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
         settings, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not settings:
+            raise OSError(f"{pretrained_model_name_or_path} has no config.json; is it a checkpoint, and complete?")
         if is_published(settings):
             found = translate(settings)
             if found.unknown:

@@ -1,0 +1,292 @@
+"""Published checkpoints in and out: what is loaded, refused, written, and left when something goes wrong."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from published import (
+    longva,
+    tiny_clip,
+    tiny_llm,
+    videochat_flash,
+    write_checkpoint,
+    write_tokenizer,
+)
+from torch import nn
+
+from hico import HicoConfig, HicoForConditionalGeneration, HicoModel, HicoProcessor
+from hico.cli import main
+from hico.convert import convert, inspect_checkpoint
+from hico.shards import CheckpointError, iterate_shards
+
+
+@pytest.fixture
+def flash(tmp_path):
+    """A VideoChat-Flash checkpoint in two pickled shards, with a tokenizer."""
+    folder = write_checkpoint(tmp_path / "flash", *videochat_flash(tiny_llm()), num_shards=2, suffix="bin")
+    write_tokenizer(folder)
+    return folder
+
+
+def tensors(folder) -> dict[str, torch.Tensor]:
+    return {name: shard.load(name) for shard in iterate_shards(folder) for name in shard.tensors}
+
+
+def same_weights(one, other) -> bool:
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@torch.no_grad()
+def reference_logits(llm, tower, projector, ids, at, tiles):
+    """Compute LongVA's logits from its parts: layer -2 of CLIP, MLP, 2 x 2 average, tokens in place of one."""
+    features = tower(tiles, output_hidden_states=True).hidden_states[-2][:, 1:]
+    maps = projector(features).unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    visual = nn.functional.avg_pool2d(maps, 2).flatten(2).permute(0, 2, 1).flatten(0, 1)
+    embeds = llm.get_input_embeddings()(ids)
+    return llm(inputs_embeds=torch.cat([embeds[:at], visual, embeds[at:]])[None]).logits
+
+
+@pytest.mark.parametrize("route", ["direct", "converted", "back", "saved"])
+@torch.no_grad()
+def test_longva_gives_the_logits_of_its_parts(tmp_path, route):
+    llm, tower = tiny_llm(), tiny_clip()
+    projector = nn.Sequential(nn.Linear(24, 32), nn.GELU(), nn.Linear(32, 32))
+    folder = write_checkpoint(tmp_path / "longva", *longva(llm, tower, projector), num_shards=3)
+    if route in ("converted", "back"):
+        report = convert(folder, tmp_path / "hico")
+        assert {drop.reason for drop in report.plan.drops} == {"the encoder does not run it"}
+        folder = tmp_path / "hico"
+    if route == "back":
+        convert(folder, tmp_path / "back", to="published")
+        folder = tmp_path / "back"
+    model = HicoForConditionalGeneration.from_pretrained(folder)
+    if route == "saved":
+        model.save_pretrained(tmp_path / "saved")
+        model = HicoForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    ids, frames = torch.arange(10), torch.randn(3, 3, 16, 16)
+    visual = ids.new_full((3 * 4,), model.config.video_token_id)
+    prompt = torch.cat([ids[:4], visual, ids[4:]])[None]
+    logits = model(prompt, pixel_values_videos=frames[:, None]).logits
+    torch.testing.assert_close(logits, reference_logits(llm, tower, projector, ids, 4, frames))
+    tiles = torch.randn(3, 3, 16, 16)
+    prompt = prompt.masked_fill(prompt == model.config.video_token_id, model.config.image_token_id)[:, 4:]
+    logits = model(prompt, pixel_values=torch.cat([frames[:1], tiles]), image_grids=torch.tensor([[1, 3]])).logits
+    torch.testing.assert_close(logits, reference_logits(llm, tower, projector, ids[4:], 0, tiles))
+
+
+def test_what_is_loaded_directly_is_what_is_converted(flash, tmp_path):
+    convert(flash, tmp_path / "hico")
+    direct = HicoForConditionalGeneration.from_pretrained(flash)
+    converted = HicoForConditionalGeneration.from_pretrained(tmp_path / "hico")
+    assert same_weights(direct, converted)
+    one, other = direct.config.to_dict(), converted.config.to_dict()
+    for volatile in ("architectures", "_name_or_path"):
+        one.pop(volatile), other.pop(volatile)
+    assert one == other
+    assert HicoConfig.from_pretrained(flash).to_dict() == HicoConfig.from_pretrained(flash).to_dict()
+    bare, info = HicoModel.from_pretrained(flash, output_loading_info=True)
+    assert same_weights(bare, direct.model)
+    assert not info["missing_keys"]
+
+
+def test_a_saved_model_has_our_names_however_it_was_loaded(flash, tmp_path):
+    HicoForConditionalGeneration.from_pretrained(flash).save_pretrained(tmp_path / "saved")
+    convert(flash, tmp_path / "hico")
+    assert tensors(tmp_path / "saved").keys() == tensors(tmp_path / "hico").keys()
+
+
+@pytest.mark.parametrize("how", ["direct", "converted"])
+def test_the_processor_writes_the_published_prompt(flash, tmp_path, how):
+    if how == "converted":
+        convert(flash, tmp_path / "hico")
+        flash = tmp_path / "hico"
+    processor = HicoProcessor.from_pretrained(flash)
+    model = HicoForConditionalGeneration.from_pretrained(flash)
+    frames = torch.randint(256, (8, 3, 30, 40), dtype=torch.uint8)
+    content = [{"type": "video", "video": frames}, {"type": "text", "text": "What happens?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, add_generation_prompt=True
+    )
+    assert processor.decode(inputs["input_ids"][0]) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n" + "<|video_pad|>" * 128 + "\n"
+        "The video lasts for 8.00 seconds, and 8 frames are uniformly sampled from it. \nWhat happens?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert int((inputs["input_ids"] == model.config.video_token_id).sum()) == 128
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
+    assert processor.time_message == "short"
+    assert processor.video == {"mode": "dynamic_fps1", "min_frames": 64, "max_frames": 512}
+
+
+def test_longva_is_prompted_without_times_and_sampled_from_end_to_end(tmp_path):
+    projector = nn.Sequential(nn.Linear(24, 32), nn.GELU(), nn.Linear(32, 32))
+    folder = write_checkpoint(tmp_path / "longva", *longva(tiny_llm(), tiny_clip(), projector))
+    write_tokenizer(folder)
+    convert(folder, tmp_path / "hico")
+    for processor in (HicoProcessor.from_pretrained(folder), HicoProcessor.from_pretrained(tmp_path / "hico")):
+        frames = torch.randint(256, (3, 3, 30, 40), dtype=torch.uint8)
+        content = [{"type": "video", "video": frames}, {"type": "text", "text": "Why?"}]
+        inputs = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True)
+        assert "user\n" + "<|video_pad|>" * 12 + "\nWhy?<|im_end|>" in processor.decode(inputs["input_ids"][0])
+        assert processor.video_settings({"num_frames": 16}) == {"mode": "linspace", "num_frames": 16}
+        assert processor.image_tiling == "unires"
+
+
+def test_files_of_the_tokenizer_and_generation_settings_go_along(flash, tmp_path):
+    (flash / "generation_config.json").write_text('{"temperature": 0.7, "do_sample": true}')
+    convert(flash, tmp_path / "hico")
+    convert(tmp_path / "hico", tmp_path / "back", to="published")
+    for folder in (tmp_path / "hico", tmp_path / "back"):
+        assert json.loads((folder / "generation_config.json").read_text())["temperature"] == 0.7
+        assert (folder / "tokenizer.json").is_file()
+    assert HicoProcessor.from_pretrained(tmp_path / "back").tokenizer("abc").input_ids == [97, 98, 99]
+
+
+def test_without_a_tokenizer_no_processor_is_written_and_the_report_says_so(flash, tmp_path):
+    for path in flash.glob("*token*"):
+        path.unlink()
+    report = convert(flash, tmp_path / "hico")
+    assert "no processor was written" in report.table()
+    assert not (tmp_path / "hico" / "processor_config.json").exists()
+    with pytest.raises(ValueError, match="has no tokenizer; put the files"):
+        HicoProcessor.from_pretrained(flash)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_tied_embeddings_are_stored_once(tmp_path, stored):
+    llm = tiny_llm(tie_word_embeddings=True)
+    config, weights = videochat_flash(llm, tie_word_embeddings=True)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    if not stored:
+        del weights["lm_head.weight"]
+    folder = write_checkpoint(tmp_path / "flash", config, weights)
+    report = convert(folder, tmp_path / "hico")
+    assert [drop.name for drop in report.plan.drops] == ["lm_head.weight"] * stored
+    for path in (folder, tmp_path / "hico"):
+        model = HicoForConditionalGeneration.from_pretrained(path)
+        assert model.lm_head.weight is model.get_input_embeddings().weight
+    convert(tmp_path / "hico", tmp_path / "back", to="published")
+    assert "lm_head.weight" not in tensors(tmp_path / "back")
+
+
+def test_a_tied_head_with_weights_of_its_own_is_refused(tmp_path):
+    config, weights = videochat_flash(tiny_llm(), tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match=r"'lm_head.weight' differs from 'model.embed_tokens.weight'"):
+        convert(write_checkpoint(tmp_path / "flash", config, weights), tmp_path / "hico")
+    assert not (tmp_path / "hico").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda weights: weights.pop("model.norm.weight"), r"1 missing, such as model\.language_model\.norm\.weight"),
+        (lambda weights: weights.update({"model.extra": torch.ones(1)}), r"1 left over, such as model\.extra"),
+        (lambda weights: weights.update({"odd": torch.ones(1)}), r"1 left over, such as odd"),
+        (lambda weights: weights.update({"lm_head.weight": torch.ones(3, 3)}), r"'lm_head.weight' is \(3, 3\), but"),
+    ],
+)
+def test_a_tensor_too_few_too_many_or_of_another_shape_stops_the_conversion(tmp_path, change, words, capsys):
+    config, weights = videochat_flash(tiny_llm())
+    change(weights)
+    folder = write_checkpoint(tmp_path / "flash", config, weights)
+    with pytest.raises(CheckpointError, match=words):
+        convert(folder, tmp_path / "hico")
+    assert main(["convert", str(folder), str(tmp_path / "hico")]) == 1
+    assert capsys.readouterr().err.startswith("hico convert: ")
+    assert {path.name for path in tmp_path.iterdir()} == {"flash"}
+    with pytest.raises((ValueError, RuntimeError)):
+        HicoForConditionalGeneration.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "escaping"])
+def test_a_damaged_shard_is_named_on_every_path(flash, tmp_path, damage):
+    _, second = sorted(flash.glob("*.bin"))
+    if damage == "truncated":
+        second.write_bytes(second.read_bytes()[:-200])
+    elif damage == "missing":
+        second.unlink()
+    else:
+        index = flash / "pytorch_model.bin.index.json"
+        index.write_text(index.read_text().replace(second.name, f"../{second.name}"))
+        shutil.move(second, tmp_path / second.name)
+    for use in (
+        lambda: HicoForConditionalGeneration.from_pretrained(flash),
+        lambda: convert(flash, tmp_path / "hico"),
+        lambda: inspect_checkpoint(flash),
+    ):
+        with pytest.raises(CheckpointError, match=second.name):
+            use()
+    assert not (tmp_path / "hico").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no space left on device")])
+@pytest.mark.parametrize(
+    "moment", ["hico.shards.TensorShard.copy", "hico.configuration_hico.HicoConfig.save_pretrained"]
+)
+def test_an_interrupted_conversion_leaves_nothing_that_loads(flash, tmp_path, monkeypatch, moment, error):
+    seen = []
+
+    def stop(*args, **kwargs):
+        (partial,) = tmp_path.glob(".hico.partial-*")
+        with pytest.raises((ValueError, OSError)):
+            HicoForConditionalGeneration.from_pretrained(partial)
+        seen.append(partial)
+        raise error
+
+    monkeypatch.setattr(moment, stop)
+    with pytest.raises(type(error) if isinstance(error, OSError) else error):
+        convert(flash, tmp_path / "hico")
+    assert len(seen) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"flash"}
+
+
+def test_what_is_there_is_not_overwritten(flash, tmp_path):
+    (tmp_path / "hico").mkdir()
+    (tmp_path / "hico" / "mine").touch()
+    with pytest.raises(ValueError, match="exists already; remove it or choose another name"):
+        convert(flash, tmp_path / "hico")
+    assert (tmp_path / "hico" / "mine").exists()
+    (tmp_path / "hico" / "mine").unlink()
+    convert(flash, tmp_path / "hico")
+
+
+def test_conversions_that_make_no_sense_are_refused(flash, tmp_path):
+    convert(flash, tmp_path / "hico")
+    for source, arguments, words in (
+        (tmp_path / "hico", {}, "is in our layout already"),
+        (flash, {"to": "published"}, "is not in our layout"),
+        (flash, {"to": "gguf"}, "unknown layout 'gguf'; use one of hico, published"),
+        (flash, {"encoder": "x.pt"}, "encoder, projector and preset go with an LLM"),
+        (tmp_path / "nothing", {}, "there is no such file or folder"),
+        (tmp_path, {}, r"has no config\.json"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            convert(source, tmp_path / "other", **arguments)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_table_says_what_became_of_every_tensor_and_key(flash, tmp_path, capsys):
+    config = json.loads((flash / "config.json").read_text())
+    (flash / "config.json").write_text(json.dumps({**config, "novelty": 7, "mm_projector_lr": 1e-5}))
+    assert main(["convert", str(flash), str(tmp_path / "hico")]) == 0
+    table = capsys.readouterr().out
+    rows = {line.split()[0]: line for line in table.splitlines()}
+    assert "model.language_model.layers.0-1.self_attn.q_proj.bias" in rows["model.layers.0-1.self_attn.q_proj.bias"]
+    assert "2 x [32] F32" in rows["model.layers.0-1.self_attn.q_proj.bias"]
+    assert "model.projector.mlp.0,2.bias" in rows["model.mm_projector.mlp.0,2.bias"]
+    assert "not known, no effect: 7" in rows["novelty"]
+    assert "not used: sets training, not the model" in rows["mm_projector_lr"]
+    assert table.splitlines()[-1].endswith("tensors, 0.00 GB")
+    assert "videochat-flash" in table.splitlines()[-1]
+
+
+def test_a_report_of_an_unknown_key_is_logged_once(flash, caplog):
+    config = json.loads((flash / "config.json").read_text())
+    (flash / "config.json").write_text(json.dumps({**config, "novelty": 7}))
+    for _ in range(2):
+        HicoConfig.from_pretrained(flash)
+    assert [record.getMessage() for record in caplog.records if "novelty" in record.getMessage()] == [
+        f"{flash}: keys that are not known have no effect: {{'novelty': 7}}"
+    ]
