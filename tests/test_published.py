@@ -112,7 +112,7 @@ def test_internvideo2_is_refused_for_what_it_is():
         ({SIZES_KEY: {"img": 96, "wings": 2}}, r"has \['wings'\]; it may have img, dim"),
         ({SIZES_KEY: {"dim": 64}, "mm_hidden_size": 1024}, "mm_hidden_size is 1024, but .* 64 wide"),
         (
-            {"image_grid_pinpoints": [[448, 449]]},
+            {"image_aspect_ratio": "anyres_nopad", "image_grid_pinpoints": [[448, 449]]},
             "give .width, height. in pixels that are multiples of the tower's 448",
         ),
     ],

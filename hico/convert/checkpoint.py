@@ -30,6 +30,7 @@ from hico.convert.sources import (
 from hico.convert.write import whole_folder, write_weights
 from hico.processing_hico import HicoProcessor
 from hico.projector import MLPProjector
+from hico.prompt import CHAT_TEMPLATE
 from hico.published import to_published, translate
 from hico.shards import SAFETENSORS_DTYPES, CheckpointError, Shard, TensorShard, open_shard
 from hico.tokenizer import add_placeholders, load_llm_tokenizer
@@ -156,7 +157,9 @@ def _assemble(
         write_weights(folder, plan.moves, open_any)
         _copy_generation_config(source.path, folder)
         if tokenizer:
-            HicoProcessor.from_config(config, tokenizer).save_pretrained(folder)
+            tokenizer.padding_side = "left"
+            # The template of an LLM takes text only; the models here are trained on ChatML.
+            HicoProcessor.from_config(config, tokenizer, chat_template=CHAT_TEMPLATE).save_pretrained(folder)
         _save_config(config, plan, folder)
     return Report(f"{source.path} and {encoder}", target, plan, notes=notes)
 
