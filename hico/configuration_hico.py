@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from hico.llm_dropout import DropSchedule
@@ -132,8 +133,7 @@ class HicoConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if not isinstance(self.text_config, PreTrainedConfig):
-            settings = dict(self.text_config or _QWEN2_7B)
-            self.text_config = CONFIG_MAPPING[settings.pop("model_type", "qwen2")](**settings)
+            self.text_config = self._text_config(**(self.text_config or _QWEN2_7B))
         self.encoder = self._named(self.encoder, ENCODERS)
         self.compressor = self._named(self.compressor, COMPRESSORS)
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
@@ -145,6 +145,15 @@ class HicoConfig(PreTrainedConfig):
         schedule = DropSchedule.parse(self.drop_schedule)
         schedule.check_depth(self.text_config.num_hidden_layers)
         self.drop_schedule = str(schedule) if schedule else None
+
+    @staticmethod
+    def _text_config(model_type: str = "qwen2", **settings: Any) -> PreTrainedConfig:
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(f"text_config has the model_type {model_type!r}, which this transformers does not know")
+        try:
+            return CONFIG_MAPPING[model_type](**settings)
+        except StrictDataclassError as error:
+            raise ValueError(f"text_config does not describe a {model_type!r}: {error}") from error
 
     @staticmethod
     def _named(spec: str | Mapping[str, Any], registry) -> dict[str, Any]:

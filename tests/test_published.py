@@ -122,6 +122,15 @@ def test_what_hico_cannot_run_is_named_with_what_it_can(change, words):
         translate({**FLASH, **change})
 
 
+def test_an_llm_that_cannot_be_is_one_clear_error():
+    with pytest.raises(
+        ValueError, match="text_config has the model_type 'qwen9', which this transformers does not know"
+    ):
+        HicoConfig(text_config={"model_type": "qwen9"})
+    with pytest.raises(ValueError, match="text_config does not describe a 'qwen2': .*num_hidden_layers"):
+        HicoConfig(**translate({**FLASH, "num_hidden_layers": "many"}).config)
+
+
 def test_every_key_is_used_ignored_for_a_reason_or_reported():
     config = {**FLASH, "mm_projector_lr": 1e-5, "auto_map": {"AutoModel": "evil.Model"}, "brand_new": [1]}
     found = translate(config)
