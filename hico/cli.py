@@ -3,6 +3,8 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import hico
@@ -37,9 +39,16 @@ def _add_chat(commands) -> None:
 
 
 def _add_demo(commands) -> None:
-    parser = commands.add_parser("demo", help="show every step from a file to an answer, with a tiny model")
-    parser.add_argument("video", nargs="?", help="a video file; a small one is made if omitted")
-    parser.add_argument("--question", default="What happens?")
+    about = (
+        "Train a tiny model on a small corpus of real files, examine it after every stage, and ask it about a new "
+        "video: some minutes on two CPU cores. With VIDEO or --untrained, show every step from a file to an answer "
+        "instead, with random weights: a second."
+    )
+    parser = commands.add_parser("demo", help="watch a tiny model learn", description=about)
+    parser.add_argument("video", nargs="?", help="show the steps with this file")
+    parser.add_argument("--untrained", action="store_true", help="show the steps with a small file made for it")
+    parser.add_argument("--question", default="What happens?", help="asked in the steps (%(default)s)")
+    parser.add_argument("--folder", default="demo", help="where corpus, models and pictures go (%(default)s)")
     _add_video_arguments(parser)
     parser.set_defaults(run=_demo)
 
@@ -143,11 +152,38 @@ def _read_line(prompt: str) -> str:
         return ""
 
 
-def _demo(args: argparse.Namespace) -> None:
+def _demo(args: argparse.Namespace) -> int:
+    if args.video is None and not args.untrained:
+        return _learn(Path(args.folder))
     from hico.demo import run
 
     model, processor = load("tiny", device="cpu")
     run(model, processor, args.video, args.question, **video_settings(args))
+    return 0
+
+
+def _learn(folder: Path) -> int:
+    """Run the tiny course, then ask about a video that is in no corpus; 1 if the model learned too little."""
+    import torch
+    from transformers.utils import logging
+
+    from hico.tiny.course import new_video, run_course
+
+    # Tensors this small gain nothing from more threads, and the data workers want the other core.
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    final, has_learned = run_course(folder)
+    video, num_right = str(folder / "new.mp4"), 0
+    story = new_video(video)
+    print(f"\na new video: {story.caption}")
+    for question, truth in story.questions:
+        with redirect_stdout(StringIO()) as printed:
+            main(["chat", video, question, "--model", str(final), "--no-progress"])
+        answer = printed.getvalue().strip()
+        num_right += answer == truth
+        print(f'$ hico chat {video} "{question}" --model {final}\n{answer}', flush=True)
+    print(f"{num_right} of {len(story.questions)} answers are right")
+    return 0 if has_learned and num_right > len(story.questions) / 2 else 1
 
 
 def _convert(args: argparse.Namespace) -> None:
