@@ -123,11 +123,9 @@ def test_what_hico_cannot_run_is_named_with_what_it_can(change, words):
 
 
 def test_an_llm_that_cannot_be_is_one_clear_error():
-    with pytest.raises(
-        ValueError, match="text_config has the model_type 'qwen9', which this transformers does not know"
-    ):
+    with pytest.raises(ValueError, match="text_config has the model_type 'qwen9', which"):
         HicoConfig(text_config={"model_type": "qwen9"})
-    with pytest.raises(ValueError, match="text_config does not describe a 'qwen2': .*num_hidden_layers"):
+    with pytest.raises(ValueError, match=r"text_config does not describe a 'qwen2': .*num_hidden_layers"):
         HicoConfig(**translate({**FLASH, "num_hidden_layers": "many"}).config)
 
 
