@@ -1,7 +1,7 @@
 """Rotary frequencies that stay float32 whatever the model's dtype."""
 
 from collections.abc import Callable
-from types import MethodType
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ def keep_rotary_in_float32(model: nn.Module) -> None:
         if "inv_freq" in module._buffers and "_apply" not in vars(module):
             if module.inv_freq.dtype != torch.float32:
                 _recompute(module)
-            module._apply = MethodType(_apply_keeping_float32, module)
+            module._apply = partial(_apply_keeping_float32, module)  # unlike a bound method, this can be pickled
 
 
 def _recompute(rotary: nn.Module) -> None:

@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ def tiny_model() -> Qwen2ForCausalLM:
         lambda model: model.half(),
         lambda model: model.bfloat16().float(),
         lambda model: copy.deepcopy(model).to(torch.bfloat16),
+        lambda model: pickle.loads(pickle.dumps(model)).to(torch.bfloat16),
         lambda model: model.to(dtype=torch.bfloat16, device="cpu").half(),
     ],
 )
