@@ -144,8 +144,9 @@ class HicoProcessor(ProcessorMixin):
         images, videos = _flat(images, leaf=_is_image), _flat(videos, leaf=_is_video)
         videos = [self._open(video, video_kwargs or {}) for video in videos]
         tiles, grids = self._tile(images)
-        texts = _expand_all(texts, VIDEO_TOKEN, [self._video_text(video) for video in videos])
-        texts = _expand_all(texts, IMAGE_TOKEN, [IMAGE_TOKEN * self.vision.num_image_tokens(grid) for grid in grids])
+        texts = expand_placeholders(texts, VIDEO_TOKEN, [self._video_text(video) for video in videos])
+        image_texts = [IMAGE_TOKEN * self.vision.num_image_tokens(grid) for grid in grids]
+        texts = expand_placeholders(texts, IMAGE_TOKEN, image_texts)
         data = dict(self.tokenizer(texts, padding=padding, **tokenizer_kwargs))
         data.pop("token_type_ids", None)
         if images:
@@ -256,12 +257,6 @@ def split_clips(frames_FCHW: Tensor, clip_len: int) -> Tensor:
     if missing:
         frames_FCHW = torch.cat([frames_FCHW, frames_FCHW[-1:].expand(missing, -1, -1, -1)])
     return frames_FCHW.unflatten(0, (-1, clip_len))
-
-
-def _expand_all(texts: list[str], placeholder: str, replacements: list[str]) -> list[str]:
-    """Expand the placeholders of several prompts from one list."""
-    border = "\0"
-    return expand_placeholders(border.join(texts), placeholder, replacements).split(border)
 
 
 def _media_parts(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

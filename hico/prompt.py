@@ -1,5 +1,6 @@
 """The text around the visual tokens: timestamp sentence, placeholders, and which tokens a model learns from."""
 
+import re
 from collections.abc import Sequence
 
 IMAGE_TOKEN = "<|image_pad|>"
@@ -74,19 +75,20 @@ def llava_turn(value: str, *, message: str = "", placeholder: str = "<image>") -
     return value.replace(placeholder, placeholder + insert_time_message(message))
 
 
-def expand_placeholders(text: str, placeholder: str, replacements: Sequence[str]) -> str:
-    """Replace the placeholders of a prompt, in order.
+def expand_placeholders(texts: Sequence[str], placeholder: str, replacements: Sequence[str]) -> list[str]:
+    """Replace the placeholders of prompts, in order, from one list.
 
     Raises:
         ValueError: if there are not as many placeholders as replacements.
     """
-    pieces = text.split(placeholder)
-    if len(pieces) - 1 != len(replacements):
+    num_placeholders = sum(text.count(placeholder) for text in texts)
+    if num_placeholders != len(replacements):
         raise ValueError(
-            f"the prompt has {len(pieces) - 1} {placeholder} but {len(replacements)} were given; "
-            "put one placeholder where each video or image belongs"
+            f"{len(replacements)} were given for the {num_placeholders} {placeholder} of the text; put one where each "
+            "video or image belongs, and none into a question"
         )
-    return pieces[0] + "".join(new + piece for new, piece in zip(replacements, pieces[1:], strict=True))
+    rest = iter(replacements)
+    return [re.sub(re.escape(placeholder), lambda _: next(rest), text) for text in texts]
 
 
 def label_mask(

@@ -128,7 +128,7 @@ def test_save_and_load_round_trip(processor, tmp_path):
 
 
 def test_wrong_input_is_named(processor, tmp_path):
-    with pytest.raises(ValueError, match=r"has 1 <\|video_pad\|> but 2 were given"):
+    with pytest.raises(ValueError, match=r"2 were given for the 1 <\|video_pad\|> of the text"):
         processor("<|video_pad|>", videos=[frames(4), frames(4)])
     with pytest.raises(ValueError, match=r"missing\.png: no such image file"):
         processor("<|image_pad|>", images=str(tmp_path / "missing.png"))
@@ -141,3 +141,16 @@ def test_wrong_input_is_named(processor, tmp_path):
         processor.apply_chat_template(user({"type": "audio", "path": "x.wav"}))
     with pytest.raises(ValueError, match="unknown image_tiling 'anyres'"):
         HicoProcessor.from_config(HicoConfig.preset("tiny"), byte_tokenizer(), image_tiling="anyres")
+
+
+def test_a_placeholder_typed_into_a_question_is_not_taken_for_a_video(processor):
+    question = text("what does <|video_pad|> mean?")
+    for batch in ([user(question)], [user({"type": "video", "video": frames(4)}, question)]):
+        with pytest.raises(ValueError, match="and none into a question"):
+            processor.apply_chat_template(batch, tokenize=True)
+
+
+def test_any_character_may_stand_in_a_prompt(processor):
+    prompts = ["a\0b", "", "\\1 \u00e9\U0001f600"]
+    inputs = processor(prompts)
+    assert processor.batch_decode(inputs["input_ids"], skip_special_tokens=True) == prompts

@@ -58,6 +58,6 @@ def test_no_style_says_nothing():
 
 
 def test_placeholders_are_replaced_in_order_and_counted():
-    assert expand_placeholders("a#b#c", "#", ["1", "22"]) == "a1b22c"
-    with pytest.raises(ValueError, match="has 1 # but 2 were given"):
-        expand_placeholders("a#", "#", ["1", "2"])
+    assert expand_placeholders(["a.b.c", "\0", ".d"], ".", ["1", "\\2", "."]) == ["a1b\\2c", "\0", ".d"]
+    with pytest.raises(ValueError, match=r"2 were given for the 1 \. of the text; put one where"):
+        expand_placeholders(["a.", "b"], ".", ["1", "2"])
