@@ -21,7 +21,9 @@ setup: $(STAMP)
 $(STAMP): setup.py constraints-cpu.txt
 	@echo "== setting up $(VENV) (about a minute and 1.4 GB the first time)"
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "hico needs Python 3.10 or newer, this is " + sys.version'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
+		{ test "$$(id -u)" = 0 && echo "== installing python3-venv" && apt-get update -qq && \
+		apt-get install -qq -y python3-venv && $(PYTHON) -m venv $(VENV); } || \
 		{ echo "cannot make a virtual environment; on Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -e '.[dev]'
 	@touch $@

@@ -47,7 +47,6 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["hico", "hico.*"]),
-    package_data={"hico": ["assets/*"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["hico=hico.cli:main"]},
