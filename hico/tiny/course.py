@@ -14,7 +14,7 @@ import numpy as np
 from hico.modeling_hico import HicoForConditionalGeneration
 from hico.processing_hico import HicoProcessor
 from hico.tiny.corpus import LONG_SCENES, CorpusSize, long_story, write_corpus, write_video
-from hico.tiny.exam import Answered, accuracy, chance, read_exam, sit_exam
+from hico.tiny.exam import Answered, accuracy, chance, read_exam, sit_blank_exam, sit_exam
 from hico.tiny.model import write_untrained
 from hico.tiny.pictures import draw_answers, draw_losses
 from hico.tiny.stories import Story
@@ -118,7 +118,7 @@ def _train_and_examine(recipe: Recipe, folder: Path) -> Report:
     for exam in TARGETS:
         rows = read_exam(folder / f"held_out_{exam}.jsonl")
         seen[exam] = sit_exam(model, processor, rows, folder=folder)
-        blank[exam] = sit_exam(model, processor, rows, folder=folder, blank=True)
+        blank[exam] = sit_blank_exam(model, processor, rows)
     report = Report(recipe, seconds, curve, seen, blank)
     print(_table_row(report), flush=True)
     return report

@@ -1,12 +1,13 @@
 """Ask a model the held-out questions, with the pixels and with blank frames in their place."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hico.modeling_hico import HicoForConditionalGeneration
 from hico.processing_hico import HicoProcessor
@@ -36,14 +37,12 @@ def read_exam(path: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-@torch.no_grad()
 def sit_exam(
     model: HicoForConditionalGeneration,
     processor: HicoProcessor,
     rows: Sequence[dict[str, Any]],
     *,
     folder: str | Path,
-    blank: bool = False,
     batch_size: int = 32,
 ) -> list[Answered]:
     """Let a model answer questions.
@@ -53,28 +52,34 @@ def sit_exam(
         processor: of the same model; its video settings choose the frames.
         rows: from `read_exam`.
         folder: that the rows' videos are relative to.
-        blank: replace all pixels by one grey, which shows how much can be guessed.
         batch_size: questions answered at once.
     """
-    tokenizer = processor.tokenizer
-    side, tokenizer.padding_side = tokenizer.padding_side, "left"
-    results: list[Answered] = []
-    for batch, videos in _with_videos(rows, processor, Path(folder), batch_size):
-        questions = [row["conversations"][0]["value"].partition("\n")[2] for row in batch]
-        conversations = [
-            [{"role": "user", "content": [{"type": "video", "path": video}, {"type": "text", "text": question}]}]
-            for video, question in zip(videos, questions, strict=True)
-        ]
-        inputs = processor.apply_chat_template(conversations, tokenize=True, add_generation_prompt=True)
-        if blank:
-            inputs["pixel_values_videos"].fill_(BLANK)
-        ids = model.generate(**inputs.to(model.device), max_new_tokens=4, do_sample=False)
-        answers = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for row, question, answer in zip(batch, questions, answers, strict=True):
-            truth = row["conversations"][1]["value"]
-            results.append(Answered(row["video"], question, truth, answer.strip(), row["choices"]))
-    tokenizer.padding_side = side
-    return results
+    vision, answers, opened = processor.vision, [], ("", None)
+    for start in range(0, len(rows), batch_size):
+        batch, videos = rows[start : start + batch_size], []
+        for row in batch:
+            # Questions about one video follow each other.
+            if opened[0] != row["video"]:
+                path = Path(folder) / row["video"]
+                video = read_video(path, size=vision.image_size, clip_len=vision.clip_len, **processor.video)
+                opened = (row["video"], video)
+            videos.append(opened[1])
+        answers += _answers(model, processor, videos, [_question(row) for row in batch])
+    return [_answered(row, answer) for row, answer in zip(rows, answers, strict=True)]
+
+
+def sit_blank_exam(
+    model: HicoForConditionalGeneration, processor: HicoProcessor, rows: Sequence[dict[str, Any]]
+) -> list[Answered]:
+    """Let a model answer the same questions about grey frames, which shows how much can be guessed.
+
+    One video of grey frames is like another of the same length, so each question is asked once per length.
+    """
+    size = processor.vision.image_size
+    asked = list(dict.fromkeys((_question(row), row["duration"]) for row in rows))
+    videos = [torch.full((seconds, 3, size, size), BLANK, dtype=torch.uint8) for _, seconds in asked]
+    answers = dict(zip(asked, _answers(model, processor, videos, [question for question, _ in asked]), strict=True))
+    return [_answered(row, answers[_question(row), row["duration"]]) for row in rows]
 
 
 def accuracy(results: Sequence[Answered]) -> float:
@@ -95,18 +100,26 @@ def accuracy_by_question(results: Sequence[Answered]) -> dict[str, float]:
     return {question: accuracy(group) for question, group in groups.items()}
 
 
-def _with_videos(
-    rows: Sequence[dict[str, Any]], processor: HicoProcessor, folder: Path, batch_size: int
-) -> Iterator[tuple[Sequence[dict[str, Any]], list[Video]]]:
-    """Yield batches of rows with their videos; rows that follow each other share the decoding."""
-    vision, opened = processor.vision, ("", None)
-    for start in range(0, len(rows), batch_size):
-        batch, videos = rows[start : start + batch_size], []
-        for row in batch:
-            if opened[0] != row["video"]:
-                video = read_video(
-                    folder / row["video"], size=vision.image_size, clip_len=vision.clip_len, **processor.video
-                )
-                opened = (row["video"], video)
-            videos.append(opened[1])
-        yield batch, videos
+@torch.no_grad()
+def _answers(
+    model: HicoForConditionalGeneration,
+    processor: HicoProcessor,
+    videos: Sequence[Video | Tensor],
+    questions: Sequence[str],
+) -> list[str]:
+    conversations = [
+        [{"role": "user", "content": [{"type": "video", "path": video}, {"type": "text", "text": question}]}]
+        for video, question in zip(videos, questions, strict=True)
+    ]
+    inputs = processor.apply_chat_template(conversations, tokenize=True, add_generation_prompt=True)
+    ids = model.generate(**inputs.to(model.device), max_new_tokens=4, do_sample=False)
+    answers = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in answers]
+
+
+def _question(row: dict[str, Any]) -> str:
+    return row["conversations"][0]["value"].partition("\n")[2]
+
+
+def _answered(row: dict[str, Any], answer: str) -> Answered:
+    return Answered(row["video"], _question(row), row["conversations"][1]["value"], answer, row["choices"])
