@@ -18,6 +18,7 @@ from torch import nn
 from hico import HicoConfig, HicoForConditionalGeneration, HicoModel, HicoProcessor
 from hico.cli import main
 from hico.convert import convert, inspect_checkpoint
+from hico.demo import write_moving_square
 from hico.shards import CheckpointError, iterate_shards
 
 
@@ -132,6 +133,41 @@ def test_longva_is_prompted_without_times_and_sampled_from_end_to_end(tmp_path):
         assert "user\n" + "<|video_pad|>" * 12 + "\nWhy?<|im_end|>" in processor.decode(inputs["input_ids"][0])
         assert processor.video_settings({"num_frames": 16}) == {"mode": "linspace", "num_frames": 16}
         assert processor.image_tiling == "unires"
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 1e9},
+        {"rope_theta": 1e7, "max_position_embeddings": 1010000, "dual_chunk_attention_config": {"chunk_size": 262144}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+    ],
+    ids=["theta", "1M", "yarn"],
+)
+@torch.no_grad()
+def test_long_context_settings_give_the_logits_of_the_llm(tmp_path, rope):
+    modern = {key: value for key, value in rope.items() if key != "dual_chunk_attention_config"}
+    llm = tiny_llm(**modern)
+    folder = write_checkpoint(tmp_path / "flash", *videochat_flash(llm, **rope))
+    convert(folder, tmp_path / "hico")
+    ids = torch.randint(255, (1, 60))
+    for path in (folder, tmp_path / "hico"):
+        model = HicoForConditionalGeneration.from_pretrained(path)
+        torch.testing.assert_close(model(ids).logits, llm(ids).logits)
+    plain = tiny_llm(**{key: value for key, value in modern.items() if key == "max_position_embeddings"})
+    plain.load_state_dict(llm.state_dict())
+    assert not torch.allclose(plain(ids).logits, llm(ids).logits)
+
+
+def test_chat_takes_a_published_checkpoint(flash, tmp_path, capsys):
+    clip = tmp_path / "square.mp4"
+    write_moving_square(str(clip), num_frames=30)
+    arguments = ["--model", str(flash), "--frames", "8", "--max-new-tokens", "4", "--device", "cpu", "--no-progress"]
+    assert main(["chat", str(clip), "What?", *arguments]) == 0
+    first = capsys.readouterr().out
+    convert(flash, tmp_path / "hico")
+    assert main(["chat", str(clip), "What?", "--model", str(tmp_path / "hico"), *arguments[2:]]) == 0
+    assert capsys.readouterr().out == first
 
 
 def test_files_of_the_tokenizer_and_generation_settings_go_along(flash, tmp_path):
