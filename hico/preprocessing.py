@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from hico.grids import choose_grid
@@ -13,15 +13,18 @@ Picture = Image.Image | np.ndarray | Tensor
 
 
 def to_pil(picture: Picture) -> Image.Image:
-    """Return an image as RGB.
+    """Return an image as RGB, upright.
 
     Args:
-        picture: a PIL image of any mode, or uint8 pixels ``(H, W, 3)`` or ``(3, H, W)``.
+        picture: a PIL image of any mode, turned as its EXIF data say, or uint8 pixels ``(H, W, 3)`` or ``(3, H, W)``.
 
     Raises:
         ValueError: if the pixels have another type or shape.
     """
     if isinstance(picture, Image.Image):
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I;16"):  # convert() would cut all but the darkest shades off
+            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
         return picture.convert("RGB")
     pixels = np.asarray(picture)
     if pixels.ndim == 3 and pixels.shape[0] == 3 and pixels.shape[-1] != 3:

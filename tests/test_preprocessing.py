@@ -117,6 +117,21 @@ def test_every_mode_of_image_becomes_rgb(mode):
     assert to_pil(random_picture(6, 4).convert(mode)).mode == "RGB"
 
 
+def test_sixteen_bits_keep_their_shades():
+    shades = np.linspace(0, 65535, 24, dtype=np.uint16).reshape(4, 6)
+    pixels = np.asarray(to_pil(Image.fromarray(shades)))
+    np.testing.assert_array_equal(pixels, np.repeat((shades >> 8).astype(np.uint8)[..., None], 3, axis=-1))
+
+
+def test_an_image_is_turned_upright(tmp_path):
+    image = random_picture(6, 4)
+    exif = image.getexif()
+    exif[0x0112] = 6  # the camera was held upright: turn clockwise to see it as it was
+    image.save(tmp_path / "phone.png", exif=exif)
+    upright = to_pil(Image.open(tmp_path / "phone.png"))
+    np.testing.assert_array_equal(np.asarray(upright), np.rot90(np.asarray(image), -1))
+
+
 def test_channels_may_come_first_or_last():
     image = random_picture(6, 4)
     last = torch.from_numpy(np.array(image))
