@@ -1,17 +1,19 @@
 """`HicoProcessor`: chat messages with videos and images in, model inputs out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, PreTrainedConfig, ProcessorMixin
+from transformers.processing_utils import TextKwargs
 
 from hico.configuration_hico import HicoConfig, VisionSpec
 from hico.grids import anyres_grids, unires_grids
-from hico.preprocessing import cut_tiles, resize_frames
+from hico.preprocessing import cut_tiles, resize_frames, to_pil
 from hico.prompt import (
     CHAT_TEMPLATE,
     IMAGE_TOKEN,
@@ -126,7 +128,8 @@ class HicoProcessor(ProcessorMixin):
         Args:
             text: prompts, with one placeholder per video or image.
             images: in the order of their placeholders, nested or flat: paths, PIL images or uint8 pixels.
-            videos: likewise: whatever `read_video` opens, a `Video`, uint8 frames ``(F, 3, H, W)``, or a
+            videos: likewise: whatever `read_video` opens, a `Video`, uint8 frames ``(F, 3, H, W)`` or
+                ``(F, H, W, 3)``, as a tensor, an array or a list of PIL images, or a
                 `VideoStream`, for which no pixels are returned (give the model its ``visual_embeds``).
             padding: as tokenizers take it.
             return_tensors: ``"pt"``.
@@ -138,8 +141,10 @@ class HicoProcessor(ProcessorMixin):
             ``image_grids`` ``(I, 2)``.
 
         Raises:
-            ValueError: if placeholders and media do not match in number.
+            ValueError: if placeholders and media do not match in number, or a medium cannot be read.
+            TypeError: if an argument is unknown.
         """
+        _refuse_unknown(tokenizer_kwargs, known=TextKwargs.__annotations__)
         texts = [text] if isinstance(text, str) else list(text)
         images, videos = _flat(images, leaf=_is_image), _flat(videos, leaf=_is_video)
         videos = [self._open(video, video_kwargs or {}) for video in videos]
@@ -165,7 +170,9 @@ class HicoProcessor(ProcessorMixin):
         *,
         tokenize: bool = False,
         add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
         return_dict: bool = True,
+        processor_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> str | list[str] | BatchFeature:
         """Write conversations as prompts and, if asked, open their videos and images and prepare them.
@@ -177,9 +184,18 @@ class HicoProcessor(ProcessorMixin):
             chat_template: instead of the processor's own.
             tokenize: return model inputs, not text.
             add_generation_prompt: end with the opening of the assistant's turn.
+            continue_final_message: leave the last message open, for the model to go on with it.
             return_dict: with ``tokenize``, return all inputs; otherwise ``input_ids`` alone.
-            kwargs: for `__call__`.
+            processor_kwargs: with ``tokenize``, for `__call__`.
+            kwargs: likewise.
+
+        Raises:
+            ValueError: if there is no message, a medium cannot be read, or a setting of a video has no effect.
+            TypeError: if an argument is unknown.
         """
+        kwargs |= processor_kwargs or {}
+        if not len(conversation):
+            raise ValueError("the conversation has no messages; give at least one")
         is_batch = not isinstance(conversation[0], Mapping)
         conversations = conversation if is_batch else [conversation]
         texts = [
@@ -188,10 +204,12 @@ class HicoProcessor(ProcessorMixin):
                 chat_template=chat_template or self.chat_template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
             )
             for messages in conversations
         ]
         if not tokenize:
+            _refuse_unknown(kwargs, known=TextKwargs.__annotations__)
             return texts if is_batch else texts[0]
         parts = [part for messages in conversations for part in _media_parts(messages)]
         video_kwargs = kwargs.pop("video_kwargs", None) or {}
@@ -202,14 +220,21 @@ class HicoProcessor(ProcessorMixin):
 
     def _open_part(self, part: Mapping[str, Any], video_kwargs: Mapping[str, Any]) -> Video | VideoStream:
         own = {key: value for key, value in part.items() if key not in ("type", "path", "video", "url")}
-        return self._open(_source(part, "video"), {**video_kwargs, **own})
+        video = _source(part, "video")
+        if own and isinstance(video, (Video, VideoStream, Tensor, np.ndarray, list, tuple)):
+            raise ValueError(f"{', '.join(own)} have no effect on frames that are sampled already; choose among them")
+        return self._open(video, {**video_kwargs, **own})
 
     def _open(self, video: Any, video_kwargs: Mapping[str, Any]) -> Video | VideoStream:
         if isinstance(video, (Video, VideoStream)):
             return video
         if isinstance(video, (list, tuple)):
             video = resize_frames(video, self.vision.image_size)
+        if isinstance(video, np.ndarray):
+            video = torch.from_numpy(video)
         if isinstance(video, Tensor):
+            if video.ndim != 4 or not len(video):
+                raise ValueError(f"frames of shape {tuple(video.shape)} are not (F, 3, H, W) with at least one frame")
             # Frames without a clock: they are taken to be one second apart, as in a folder of images.
             seconds = torch.arange(len(video), dtype=torch.float64)
             info = VideoInfo("frames", len(video), 1.0, float(len(video)), *video.shape[:-3:-1], 0, "frames")
@@ -271,15 +296,22 @@ def _source(part: Mapping[str, Any], kind: str) -> Any:
     raise ValueError(f"the {kind} part {dict(part)} names no file; give it a 'path'")
 
 
+def _refuse_unknown(given: Mapping[str, Any], *, known: Container[str]) -> None:
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise TypeError(f"unknown arguments {', '.join(unknown)}; settings of videos go into video_kwargs")
+
+
 def _open_image(image: Any) -> Any:
     if not isinstance(image, (str, Path)):
         return image
     try:
-        return Image.open(image)
+        with Image.open(image) as opened:
+            return to_pil(opened)
     except FileNotFoundError as error:
         raise ValueError(f"{image}: no such image file; check the path") from error
-    except Image.UnidentifiedImageError as error:
-        raise ValueError(f"{image}: not an image that Pillow can read; convert it to png or jpeg") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{image}: not an image that Pillow can read ({error}); convert it to png or jpeg") from error
 
 
 def _is_image(value: Any) -> bool:

@@ -154,3 +154,52 @@ def test_any_character_may_stand_in_a_prompt(processor):
     prompts = ["a\0b", "", "\\1 \u00e9\U0001f600"]
     inputs = processor(prompts)
     assert processor.batch_decode(inputs["input_ids"], skip_special_tokens=True) == prompts
+
+
+def test_a_damaged_image_file_is_named(processor, tmp_path):
+    path = tmp_path / "cut.jpg"
+    picture(200, 200).save(path)
+    path.write_bytes(path.read_bytes()[:1000])
+    for bad in (path, tmp_path):
+        with pytest.raises(ValueError, match=rf"{bad.name}: not an image that Pillow can read \("):
+            processor("<|image_pad|>", images=bad)
+
+
+def test_arrays_are_videos_too(processor):
+    video = frames(4)
+    for same in (video.numpy(), video.permute(0, 2, 3, 1).numpy()):
+        inputs = processor("<|video_pad|>", videos=same)
+        assert torch.equal(inputs["pixel_values_videos"].flatten(0, 1), video)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 48, 48), (3, 48, 48), (2, 4, 3, 48, 48)])
+def test_frames_of_another_shape_are_refused(processor, shape):
+    with pytest.raises(ValueError, match=r"frames of shape .* are not \(F, 3, H, W\)"):
+        processor("<|video_pad|>", videos=torch.zeros(shape, dtype=torch.uint8))
+
+
+def test_settings_without_effect_are_refused(processor):
+    with pytest.raises(TypeError, match=r"unknown arguments num_frames; .* video_kwargs"):
+        processor.apply_chat_template(user(text("hi")), tokenize=True, num_frames=4)
+    with pytest.raises(TypeError, match="unknown arguments videos"):
+        processor.apply_chat_template(user(text("hi")), videos=[frames(4)])
+    with pytest.raises(ValueError, match="num_frames, start have no effect on frames"):
+        processor.apply_chat_template(
+            user({"type": "video", "video": frames(8), "num_frames": 4, "start": 1.0}), tokenize=True
+        )
+
+
+def test_arguments_of_the_processor_may_stand_in_a_dict(processor):
+    settings = {"padding": "max_length", "max_length": 80}
+    inputs = processor.apply_chat_template(user(text("hi")), tokenize=True, processor_kwargs=settings)
+    assert inputs["input_ids"].shape == (1, 80)
+
+
+def test_a_conversation_without_messages_is_refused(processor):
+    with pytest.raises(ValueError, match="no messages"):
+        processor.apply_chat_template([])
+
+
+def test_an_answer_can_be_continued(processor):
+    messages = [*user(text("Count.")), {"role": "assistant", "content": "One, two"}]
+    assert processor.apply_chat_template(messages, continue_final_message=True).endswith("\nOne, two")
