@@ -80,6 +80,7 @@ def test_flags_override_the_file_and_the_file_the_preset(tmp_path):
         (["--packing"], {"packing": True}),
         (["--packing", "--seed=7"], {"packing": True, "seed": 7}),
         (["--part-learning-rates", "{encoder: 2e-6}"], {"part_learning_rates": {"encoder": 2e-6}}),
+        (["--save_strategy", "no"], {"save_strategy": "no"}),
         (["--image_size=null"], {"image_size": None}),
         (["--warmup_steps", "-1"], {"warmup_steps": -1}),
     ],

@@ -243,9 +243,15 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
 
 
 class YamlLoader(yaml.SafeLoader):
-    """YAML 1.1 with the floats of YAML 1.2: ``1e-5`` is a number."""
+    """YAML 1.1 with the floats and truth values of YAML 1.2: ``1e-5`` is a number, ``save_strategy: no`` a word."""
 
 
+_BOOL = "tag:yaml.org,2002:bool"
+YamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+YamlLoader.add_implicit_resolver(_BOOL, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
