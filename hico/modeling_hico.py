@@ -1,6 +1,7 @@
 """`HicoModel` and `HicoForConditionalGeneration`: a stock Hugging Face LLM that sees videos and images."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -9,11 +10,13 @@ from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
     Cache,
+    GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
     initialization,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from hico.configuration_hico import HicoConfig, build_compressor
 from hico.grids import mosaic_order
@@ -63,9 +66,10 @@ class HicoPreTrainedModel(PreTrainedModel):
             CheckpointError: if a file of weights is missing, damaged, or holds code.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder", ""))
-        if any((folder / name).is_file() for name in WEIGHT_FILES):
-            check_shards(folder)
+        if pretrained_model_name_or_path is not None:
+            folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
+            if any((folder / name).is_file() for name in WEIGHT_FILES):
+                check_shards(folder)
         kwargs["key_mapping"] = {**KEY_MAPPING, **(kwargs.get("key_mapping") or {})}
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         faults = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected") if info[f"{kind}_keys"]}
@@ -154,6 +158,8 @@ class HicoModel(HicoPreTrainedModel):
         clips_NTCHW = clips_NTCHW.to(weight.device, non_blocking=True)
         if clips_NTCHW.dtype == torch.uint8:
             clips_NTCHW = normalize_pixels(clips_NTCHW, mean=self.encoder.image_mean, std=self.encoder.image_std)
+        elif not clips_NTCHW.is_floating_point():
+            raise ValueError(f"pixels are {clips_NTCHW.dtype}; give uint8, or floats that are normalised already")
         tokens_NLD = self.encoder(clips_NTCHW.to(weight.dtype))
         if not compress:
             return self.projector(tokens_NLD)
@@ -239,6 +245,12 @@ class HicoModel(HicoPreTrainedModel):
         if visual_embeds is not None:
             if pixel_values is not None or pixel_values_videos is not None:
                 raise ValueError("got both pixels and visual_embeds; give one of them")
+            for tokens in visual_embeds:
+                if tokens.shape[1:] != embeds.shape[2:]:
+                    raise ValueError(
+                        f"visual_embeds of shape {tuple(tokens.shape)} do not fit this LLM; "
+                        f"give (tokens, {embeds.shape[2]}) for every video or image, as get_video_features does"
+                    )
             filled = [("video or image", is_visual, visual_embeds)]
         else:
             images = [] if pixel_values is None else self.get_image_features(pixel_values, image_grids)
@@ -260,6 +272,7 @@ class HicoModel(HicoPreTrainedModel):
                 item[mask] = numbers.repeat_interleave(torch.tensor(num_tokens, device=item.device)).to(item.dtype)
         return embeds, _count_within_rows(item)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -289,15 +302,17 @@ class HicoModel(HicoPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        visuals = {
+            "pixel_values": pixel_values,
+            "image_grids": image_grids,
+            "pixel_values_videos": pixel_values_videos,
+            "video_num_clips": video_num_clips,
+            "visual_embeds": visual_embeds,
+        }
         if inputs_embeds is None:
-            inputs_embeds, visual_mask = self.embed(
-                input_ids,
-                pixel_values=pixel_values,
-                image_grids=image_grids,
-                pixel_values_videos=pixel_values_videos,
-                video_num_clips=video_num_clips,
-                visual_embeds=visual_embeds,
-            )
+            inputs_embeds, visual_mask = self.embed(input_ids, **visuals)
+        else:
+            _refuse_without_prompt(visuals)
         if self._drops is not None:
             kwargs |= {"visual_mask": visual_mask, "labels": labels}
         return self.language_model(
@@ -337,6 +352,7 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -378,6 +394,7 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, GenerationMixin):
             visual_mask=visual_mask,
             labels=labels,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         hidden_BSE = outputs.last_hidden_state
@@ -408,23 +425,31 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, GenerationMixin):
         )
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, **kwargs):
+    def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs):
         """Generate as `transformers.GenerationMixin.generate` does; videos and images are encoded once, before.
 
         Args:
-            inputs: ``(B, S)`` prompt, or ``input_ids`` by name.
+            inputs: ``(B, S)`` prompt, or ``input_ids`` by name; padded on the left.
+            generation_config: settings; placeholders are suppressed besides.
             kwargs: what `HicoModel.embed` and ``GenerationMixin.generate`` take.
 
         Raises:
-            ValueError: if a prompt with videos or images is to be read in chunks, which transformers cannot.
+            ValueError: if a prompt is padded on the right, or has videos or images and is to be read in chunks, which
+                transformers cannot.
         """
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        settings = kwargs.get("generation_config") or self.generation_config
+        _refuse_right_padding(kwargs.get("attention_mask"))
+        settings = generation_config or self.generation_config
         # A placeholder stands for pixels that were given; an answer holds none.
         placeholders = {self.config.video_token_id, self.config.image_token_id}
         suppressed = {*(kwargs.get("suppress_tokens", settings.suppress_tokens) or ()), *placeholders}
         kwargs["suppress_tokens"] = sorted(token for token in suppressed if token < self.lm_head.out_features)
+        if generation_config is not None:  # transformers wants one or the other
+            generation_config = copy(generation_config)
+            generation_config.suppress_tokens = kwargs.pop("suppress_tokens")
         visuals = {name: kwargs.pop(name, None) for name in VISUAL_INPUTS}
+        if input_ids is None:
+            _refuse_without_prompt(visuals)
         if any(value is not None for value in visuals.values()):
             if kwargs.get("prefill_chunk_size", settings.prefill_chunk_size):
                 raise ValueError(
@@ -433,7 +458,7 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, GenerationMixin):
                 )
             embeds, visual_mask = self.model.embed(input_ids.to(self.device), **visuals)
             kwargs.update(inputs_embeds=embeds, visual_mask=visual_mask)
-        return super().generate(input_ids, **kwargs)
+        return super().generate(input_ids, generation_config, **kwargs)
 
     def prepare_inputs_for_generation(
         self, input_ids, inputs_embeds=None, visual_mask=None, is_first_iteration=False, **kwargs
@@ -448,6 +473,23 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, GenerationMixin):
 
 VISUAL_INPUTS = ("pixel_values", "image_grids", "pixel_values_videos", "video_num_clips", "visual_embeds")
 """Arguments of `HicoModel.embed` beside the prompt."""
+
+
+def _refuse_without_prompt(visuals: Mapping[str, object]) -> None:
+    given = [name for name, value in visuals.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)} given without input_ids, whose placeholders say where they belong; "
+            "give input_ids, or the inputs_embeds that HicoModel.embed makes of both"
+        )
+
+
+def _refuse_right_padding(attention_mask: Tensor | None) -> None:
+    if attention_mask is not None and attention_mask.ndim == 2 and not attention_mask[:, -1].all():
+        raise ValueError(
+            f"{int((attention_mask[:, -1] == 0).sum())} of {len(attention_mask)} rows end in padding, which generation "
+            "would continue; tokenize with padding_side='left'"
+        )
 
 
 def _as_iterable(clips: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:

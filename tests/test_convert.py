@@ -14,6 +14,7 @@ from published import (
     write_tokenizer,
 )
 from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hico import HicoConfig, HicoForConditionalGeneration, HicoModel, HicoProcessor
 from hico.cli import main
@@ -180,6 +181,24 @@ def test_files_of_the_tokenizer_and_generation_settings_go_along(flash, tmp_path
     assert HicoProcessor.from_pretrained(tmp_path / "back").tokenizer("abc").input_ids == [97, 98, 99]
 
 
+def test_a_tokenizer_of_vocabulary_and_merges_goes_along(flash, tmp_path):
+    vocabulary = json.loads((flash / "tokenizer.json").read_text())["model"]["vocab"]
+    for path in flash.glob("*token*"):
+        path.unlink()
+    (flash / "vocab.json").write_text(json.dumps({**vocabulary, "he": 256}))
+    (flash / "merges.txt").write_text("#version: 0.2\nh e\n")
+    added = {str(n): {"content": text, "special": True} for n, text in ((257, "<|im_start|>"), (258, "<|im_end|>"))}
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added, "eos_token": "<|im_end|>"}
+    (flash / "tokenizer_config.json").write_text(json.dumps(settings))
+    convert(flash, tmp_path / "hico")
+    tokenizer = HicoProcessor.from_pretrained(tmp_path / "hico").tokenizer
+    assert tokenizer("<|im_start|>hex<|im_end|>").input_ids == [257, 256, ord("x"), 258]
+    config = HicoConfig.from_pretrained(tmp_path / "hico")
+    ids = tokenizer.convert_tokens_to_ids(["<|video_pad|>", "<|image_pad|>"])
+    assert ids == [config.video_token_id, config.image_token_id]
+    assert min(ids) > 258
+
+
 def test_without_a_tokenizer_no_processor_is_written_and_the_report_says_so(flash, tmp_path):
     for path in flash.glob("*token*"):
         path.unlink()
@@ -301,6 +320,57 @@ def test_conversions_that_make_no_sense_are_refused(flash, tmp_path):
         with pytest.raises(ValueError, match=words):
             convert(source, tmp_path / "other", **arguments)
     assert not (tmp_path / "other").exists()
+
+
+def test_auto_classes_load_what_was_converted(flash, tmp_path):
+    convert(flash, tmp_path / "hico")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "hico")
+    assert same_weights(model, HicoForConditionalGeneration.from_pretrained(flash))
+    assert isinstance(AutoProcessor.from_pretrained(tmp_path / "hico"), HicoProcessor)
+
+
+def test_inspect_says_what_a_checkpoint_is(flash, tmp_path, capsys):
+    convert(flash, tmp_path / "hico")
+    convert(tmp_path / "hico", tmp_path / "back", to="published")
+    model = HicoForConditionalGeneration.from_pretrained(flash)
+    for folder, kind in (
+        (flash, "videochat-flash"),
+        (tmp_path / "hico", "hico"),
+        (tmp_path / "back", "videochat-flash"),
+    ):
+        found = inspect_checkpoint(folder)
+        assert (found.kind, found.fault, found.unknown) == (kind, None, {})
+        assert found.num_parameters == {
+            "LM head": model.lm_head.weight.numel(),
+            "LLM": sum(weight.numel() for weight in model.model.language_model.parameters()),
+            "projector": sum(weight.numel() for weight in model.model.projector.parameters()),
+            "encoder": sum(weight.numel() for weight in model.model.encoder.parameters()),
+        }
+        assert found.facts["encoder"].startswith("umt (")
+        assert found.facts["compressor"] == "token_merge (tokens_per_frame 16, tokens_per_image 64)"
+        assert found.facts["clip"] == "4 frames of 128 px, 64 tokens"
+        assert found.facts["context"] == "4096 tokens"
+        assert found.facts["drop schedule"] == "none"
+        assert found.dtypes == {"F32": len(model.state_dict())}
+    assert main(["inspect", str(flash)]) == 0
+    printed = capsys.readouterr().out
+    assert f"{sum(found.num_parameters.values()):,}" in printed
+    assert "4 heads (2 key-value)" in printed
+
+
+def test_inspect_describes_what_cannot_be_loaded(flash, capsys):
+    config = json.loads((flash / "config.json").read_text())
+    (flash / "config.json").write_text(json.dumps({**config, "mm_vision_tower": "internvideo2-1b"}))
+    found = inspect_checkpoint(flash)
+    assert "hico has no InternVideo2 encoder" in found.fault
+    assert found.num_parameters["LLM"] > 0
+    assert "cannot be loaded" in found.report()
+    for command in (
+        ["convert", str(flash), str(flash.parent / "hico")],
+        ["chat", "x.mp4", "?", "--model", str(flash)],
+    ):
+        assert main(command) == 1
+        assert "no InternVideo2 encoder" in capsys.readouterr().err
 
 
 def test_the_table_says_what_became_of_every_tensor_and_key(flash, tmp_path, capsys):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import GOLDEN
+from helpers import golden_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -68,8 +68,9 @@ def test_presets_survive_the_published_layout(name):
 
 
 @pytest.mark.golden
-def test_the_golden_configuration_is_understood_key_by_key():
-    config = json.loads((GOLDEN / "E0_config.json").read_text())
+@pytest.mark.parametrize("case", [case for case in golden_cases("E") if case.facts], ids=lambda case: case.name)
+def test_golden_configurations_are_understood_key_by_key(case):
+    config = case.facts
     found = translate(config)
     assert found.system == VIDEOCHAT_FLASH
     assert not found.unknown
