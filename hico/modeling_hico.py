@@ -486,9 +486,10 @@ def _refuse_without_prompt(visuals: Mapping[str, object]) -> None:
 
 def _refuse_right_padding(attention_mask: Tensor | None) -> None:
     if attention_mask is not None and attention_mask.ndim == 2 and not attention_mask[:, -1].all():
+        num_rows = int((attention_mask[:, -1] == 0).sum())
         raise ValueError(
-            f"{int((attention_mask[:, -1] == 0).sum())} of {len(attention_mask)} rows end in padding, which generation "
-            "would continue; tokenize with padding_side='left'"
+            f"{num_rows} of {len(attention_mask)} rows end in padding, which generation would continue; "
+            "tokenize with padding_side='left'"
         )
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from hico import HicoConfig, HicoForConditionalGeneration, HicoModel
 from hico.preprocessing import normalize_pixels
@@ -255,3 +255,41 @@ def test_the_model_without_its_head_loads_from_the_same_directory(tmp_path):
     inner = HicoModel.from_pretrained(tmp_path)
     for name, tensor in model.model.state_dict().items():
         assert torch.equal(inner.state_dict()[name], tensor), name
+
+
+def test_a_generation_config_of_the_users_is_kept_and_taken_by_position(model, caplog):
+    ids = prompt(1, 2, 3)[None]
+    settings = GenerationConfig(max_new_tokens=5, suppress_tokens=[7], eos_token_id=None, pad_token_id=256)
+    answer = model.generate(ids, settings)
+    assert torch.equal(answer, model.generate(ids, generation_config=settings))
+    assert answer.shape == (1, 8)
+    assert settings.suppress_tokens == [7]
+    assert "deprecated" not in caplog.text
+
+
+def test_generation_refuses_right_padding(model):
+    ids = torch.tensor([[1, 2, 256], [1, 2, 3]])
+    with pytest.raises(ValueError, match=r"1 of 2 rows end in padding.*padding_side='left'"):
+        model.generate(ids, attention_mask=(ids != 256).long(), max_new_tokens=1)
+
+
+def test_pixels_without_their_prompt_are_refused(model):
+    clips = pixels(1, 4, 3, 48, 48)
+    embeds = model.get_input_embeddings()(torch.tensor([[1, 2]]))
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="pixel_values_videos given without input_ids"):
+            call(inputs_embeds=embeds, pixel_values_videos=clips)
+
+
+def test_visual_inputs_of_another_kind_are_refused(model):
+    with pytest.raises(ValueError, match=r"visual_embeds of shape \(16, 32\) .* \(tokens, 64\)"):
+        model(prompt("v")[None], visual_embeds=[torch.zeros(16, 32)])
+    with pytest.raises(ValueError, match=r"pixels are torch\.int64; give uint8, or floats"):
+        model(prompt("v")[None], pixel_values_videos=pixels(1, 4, 3, 48, 48).long())
+
+
+def test_outputs_may_be_tuples(model):
+    ids = prompt(1, 2, 3)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids, return_dict=False)[0], model(ids).logits)
+        assert torch.equal(model.model(ids, return_dict=False)[0], model.model(ids).last_hidden_state)
