@@ -51,6 +51,8 @@ class Recipe:
     """Fewest frames of a video."""
     max_frames: int = 8
     """Most frames of a video."""
+    video: dict = field(default_factory=dict)
+    """Further settings of `hico.video_io.read_video`, such as ``{scaler: fast, exact: false}``."""
     image_size: int | None = None
     """Pixels per side that the encoder sees; the checkpoint's if omitted."""
     model_config: dict = field(default_factory=dict)
@@ -95,6 +97,10 @@ class Recipe:
             for part in parts:
                 if part not in PARTS:
                     raise ValueError(f"{key} names {part!r}{_nearest(part, PARTS)}")
+        if self.objective == "tracks" and self.trainable != ["encoder"]:
+            raise ValueError(
+                f"objective 'tracks' trains the encoder alone; set trainable: [encoder], not {self.trainable}"
+            )
         if frozen := set(self.part_learning_rates) - set(self.trainable):
             raise ValueError(f"part_learning_rates names {sorted(frozen)}, which `trainable` freezes")
         if self.lora is not None and "llm" in self.trainable:

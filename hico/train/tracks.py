@@ -133,11 +133,6 @@ def pretrain_encoder(model: HicoForConditionalGeneration, args: TrainingArgument
     Returns:
         The folder of the trained model.
     """
-    recipe = rows.recipe
-    if recipe.trainable != ["encoder"]:
-        raise ValueError(
-            f"the objective 'tracks' trains the encoder alone; set trainable: [encoder], not {recipe.trainable}"
-        )
     tracks = Tracks(rows, num_workers=args.dataloader_num_workers)
     trainer = Trainer(TrackModel(model.model.encoder, tracks.classes), args, train_dataset=tracks)
     trainer.train()
@@ -148,7 +143,7 @@ def pretrain_encoder(model: HicoForConditionalGeneration, args: TrainingArgument
         model.save_pretrained(staged)
         rows.processor.save_pretrained(staged)
         trainer.state.save_to_json(str(staged / "trainer_state.json"))
-        manifest = {"stage": recipe.name, "step": trainer.state.global_step, **rows.mixture.manifest()}
+        manifest = {"stage": rows.recipe.name, "step": trainer.state.global_step, **rows.mixture.manifest()}
         checkpoint.publish(staged, output_dir / checkpoint.FINAL, manifest)
     trainer.accelerator.wait_for_everyone()
     return output_dir / checkpoint.FINAL
