@@ -94,8 +94,8 @@ def test_videos_of_several_clips_are_an_error(corpus, tmp_path):
     longer = [{**row, "video": f"videos/pair_{number:05d}.mp4"} for number, row in enumerate(rows[:4])]
     path = tmp_path / "longer.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in longer))
+    data = [{"json_path": str(path), "data_root": str(corpus)}]
     with pytest.raises(ValueError, match="4 videos make 8 clips"):
-        data = [{"json_path": str(path), "data_root": str(corpus)}]
         run_stage(recipe(corpus, tmp_path / "out", data=data, max_frames=8))
 
 
