@@ -1,3 +1,4 @@
+import ctypes
 import io
 import json
 import os
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from train_corpus import make, write_corpus, write_model
 
 from hico import HicoForConditionalGeneration
@@ -477,6 +479,9 @@ def test_a_dry_run_says_what_would_be_done(folder, capsys):
     [
         ({"model": "nowhere"}, "starts from nowhere, which does not exist"),
         ({"frame_sampling": "dynamic_fps1", "max_frames": 10}, "max_frames 10 does not split into clips of 4"),
+        ({"frame_sampling": "dinamic"}, "did you mean 'dynamic_fps1'"),
+        ({"video": {"scalar": "fast"}}, "video: unknown video setting 'scalar'; did you mean 'scaler'"),
+        ({"video": {"size": 3}}, "video sets 'size'"),
         ({"drop_schedule": "uniform@1:1.5"}, r"keeps the ratio 1\.5"),
         ({"drop_schedule": "uniform@9:0.5"}, "beyond the decoder"),
         (
@@ -526,6 +531,45 @@ def test_shards_train_like_files(folder):
     from_files = train(make(folder))
     from_shard = train(make(folder, data=[{"json_path": str(folder / "rows.tar")}]))
     assert losses(from_shard.state.log_history) == losses(from_files.state.log_history)
+
+
+def test_a_folder_of_frames_is_a_video(folder):
+    (folder / "frames").mkdir()
+    for number in range(10):
+        Image.new("RGB", (30, 20), (20 * number, 0, 0)).save(folder / f"frames/{number:03}.png")
+    talk = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "Red."}]
+    (folder / "folder.json").write_text(json.dumps([{"video": "frames", "conversations": talk}]))
+    data = {"json_path": str(folder / "folder.json"), "data_root": str(folder), "video_read_type": "img"}
+    settings = {"frame_sampling": "dynamic_fps1", "max_frames": 8}
+    for fps, num_clips in ((None, 2), (2.0, 1)):
+        recipe = make(folder, data=[{**data, "folder_fps": fps}], **settings)
+        _, (example,) = examples(recipe, [0])
+        assert example["pixel_values_videos"].shape[0] == num_clips
+        red = example["pixel_values_videos"][..., 0, 5, 5].flatten().float()
+        assert (red.diff() > 0).all()
+
+
+def test_start_and_end_choose_the_part_of_a_video(folder):
+    rows = json.loads((folder / "rows.json").read_text())
+    whole = {**rows[9], "start": None}
+    part = {**rows[9], "start": 1.0, "end": 3.0}
+    (folder / "parts.json").write_text(json.dumps([whole, part]))
+    recipe = make(folder, data=[{"json_path": str(folder / "parts.json"), "data_root": str(folder)}])
+    dataset, (_, cut) = examples(recipe, [0, 1])
+    assert "lasts for 2.00 seconds" in dataset.processor.tokenizer.decode(cut["input_ids"])
+
+
+def test_a_stuck_decoder_is_a_bad_row(folder, monkeypatch):
+    def stuck(source, **settings):
+        ctypes.CDLL(None).sleep(60)
+
+    recipe = make(folder, on_bad_sample="skip", decode_timeout=0.3)
+    dataset, _ = examples(recipe, [])
+    monkeypatch.setattr("hico.train.dataset.read_video", stuck)
+    bad = dataset[0, 0]
+    assert isinstance(bad, BadRow)
+    assert "longer than 0.3 s" in bad.reason
+    assert not isinstance(dataset[0, 1], BadRow)
 
 
 def test_a_drop_schedule_is_one_line(folder):

@@ -17,7 +17,7 @@ from hico.train.batching import Key
 from hico.train.config import Recipe
 from hico.train.decoding import SampleError, TimedReader
 from hico.train.mixture import MODALITIES, Mixture
-from hico.train.records import Media, open_video_source
+from hico.train.records import Media, Record, open_source
 from hico.video_io import Video, read_video
 
 
@@ -44,8 +44,8 @@ class TrainingRows(Dataset):
         self.mixture, self.processor, self.recipe, self.seed = mixture, processor, recipe, seed
         self.marks = label_marks(processor.tokenizer)
         self.visual_ids = torch.tensor(processor.tokenizer.convert_tokens_to_ids([VIDEO_TOKEN, IMAGE_TOKEN]))
-        settings = {**frame_settings(recipe), "size": processor.vision.image_size}
-        settings["clip_len"] = processor.vision.clip_len
+        vision = processor.vision
+        settings = {**frame_settings(recipe), **recipe.video, "size": vision.image_size, "clip_len": vision.clip_len}
         self._read = TimedReader(partial(read_media, settings=settings), recipe.decode_timeout)
 
     def __len__(self) -> int:
@@ -67,7 +67,7 @@ class TrainingRows(Dataset):
         epoch, index = key
         record = self.mixture.record(index)
         try:
-            return self._example(record, row_seed(self.seed, epoch, index), self.mixture.spec(index).video_read_type)
+            return self._example(record, row_seed(self.seed, epoch, index), self.mixture.spec(index).video_settings)
         except SampleError as error:
             if self.recipe.on_bad_sample == "skip":
                 return BadRow(index, record.where, str(error))
@@ -76,8 +76,8 @@ class TrainingRows(Dataset):
                 "Mend or remove it, or set on_bad_sample: skip to count such rows and go on"
             ) from error
 
-    def _example(self, record, seed: int, read_type: str | None) -> dict[str, Any]:
-        media = self._read(record.media, seed, read_type) if record.media else []
+    def _example(self, record: Record, seed: int, video_settings: dict[str, Any]) -> dict[str, Any]:
+        media = self._read(record.media, seed, video_settings) if record.media else []
         text = self.processor.apply_chat_template(record.messages)
         try:
             batch = self.processor(
@@ -128,12 +128,19 @@ def frame_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def read_media(
-    media: Sequence[Media], seed: int, read_type: str | None, *, settings: dict[str, Any]
+    media: Sequence[Media], seed: int, own: dict[str, Any], *, settings: dict[str, Any]
 ) -> list[Video | Image.Image]:
-    """Decode the videos and images of a row; runs in the child process of `TimedReader`."""
+    """Decode the videos and images of a row; runs in the child process of `TimedReader`.
+
+    Args:
+        media: of the row, in order.
+        seed: of random sampling.
+        own: settings of `hico.video_io.read_video` for the row's dataset.
+        settings: those for all.
+    """
     generator = torch.Generator().manual_seed(seed)
     return [
-        _read_video(item, read_type, generator, settings) if item.kind == "video" else _read_image(item)
+        _read_video(item, {**settings, **own, "generator": generator}) if item.kind == "video" else _read_image(item)
         for item in media
     ]
 
@@ -158,10 +165,8 @@ def label_marks(tokenizer) -> dict[str, Any]:
     return {**marks, "assistant_ids": tokenizer.encode("assistant", add_special_tokens=False)}
 
 
-def _read_video(item: Media, read_type: str | None, generator: torch.Generator, settings: dict[str, Any]) -> Video:
-    backend = {} if read_type in (None, "img") else {"backend": read_type}
-    source = open_video_source(item.source)
-    video = read_video(source, start=item.start, end=item.end, generator=generator, **backend, **settings)
+def _read_video(item: Media, settings: dict[str, Any]) -> Video:
+    video = read_video(open_source(item.source), start=item.start, end=item.end, **settings)
     # As an array, the frames go through the pipe in one piece.
     return replace(video, frames=video.frames.numpy())
 
@@ -171,6 +176,6 @@ def _with_tensor(video: Video) -> Video:
 
 
 def _read_image(item: Media) -> Image.Image:
-    source = open_video_source(item.source)
+    source = open_source(item.source)
     with Image.open(source) as image:
         return image.convert("RGB")

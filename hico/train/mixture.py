@@ -13,6 +13,7 @@ import numpy as np
 
 from hico.train.config import _nearest, read_yaml
 from hico.train.records import Record, RowFile, Shard, ShardMember, parse_row
+from hico.video_io import READERS
 
 MODALITIES = ("text", "image", "video")
 _STRATEGY = re.compile(r"(first[234]?|end|random):(\d+(?:\.\d+)?)(%?)")
@@ -31,9 +32,18 @@ class DatasetSpec:
     media_type: str | None = None
     """``video``, ``image`` or ``text``: rows with other media are an error. Rows decide for themselves if omitted."""
     video_read_type: str | None = None
-    """How videos are opened: a backend of `hico.video_io`, or ``img`` for folders of frames."""
+    """How videos are opened: a reader of `hico.video_io`, or ``img`` for folders of frames, which need none."""
+    folder_fps: float | None = None
+    """Frames per second of folders of frames; 1 if omitted."""
     name: str | None = None
     """How logs call it; the file's name if omitted."""
+
+    @property
+    def video_settings(self) -> dict[str, Any]:
+        """What it says about videos, in the words of `hico.video_io.read_video`."""
+        reader = None if self.video_read_type == "img" else self.video_read_type
+        settings = {"reader": reader, "folder_fps": self.folder_fps}
+        return {key: value for key, value in settings.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -238,6 +248,8 @@ def select_rows(strategy: str, num_rows: int, *, seed: Any = 0) -> np.ndarray:
 def _open(spec: DatasetSpec) -> _Dataset:
     if spec.media_type not in (None, *MODALITIES):
         raise ValueError(f"media_type is {spec.media_type!r}; use one of {', '.join(MODALITIES)}")
+    if spec.video_read_type not in (None, "img"):
+        READERS.get(spec.video_read_type)
     files = [Shard(path) if path.endswith(".tar") else RowFile(path) for path in _expand_path(spec.json_path)]
     return _Dataset(spec, files, np.cumsum([0, *map(len, files)]))
 

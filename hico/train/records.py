@@ -342,6 +342,6 @@ def _duration(row: Mapping[str, Any]) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def open_video_source(source: str | ShardMember) -> str | io.BytesIO:
+def open_source(source: str | ShardMember) -> str | io.BytesIO:
     """Return what a decoder can open."""
     return io.BytesIO(source.read()) if isinstance(source, ShardMember) else source

@@ -6,10 +6,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import TrainingArguments, set_seed
 
 from hico.configuration_hico import HicoConfig
@@ -18,7 +20,7 @@ from hico.modeling_hico import HicoForConditionalGeneration
 from hico.processing_hico import HicoProcessor
 from hico.train import checkpoint
 from hico.train.config import Recipe
-from hico.train.dataset import TrainingRows
+from hico.train.dataset import TrainingRows, frame_settings
 from hico.train.lengths import estimate_lengths
 from hico.train.lora import ADAPTER_CONFIG, add_lora, load_merged
 from hico.train.mixture import Mixture, read_mixture
@@ -26,6 +28,7 @@ from hico.train.parts import freeze
 from hico.train.throughput import FlopCounter, peak_tflops
 from hico.train.tracks import pretrain_encoder
 from hico.train.trainer import HicoTrainer, unwrapped
+from hico.video_io import read_video
 
 logger = logging.getLogger(__name__)
 
@@ -226,16 +229,27 @@ def read_schedule(recipe: Recipe, config: HicoConfig) -> DropSchedule:
 
 
 def check_frames(recipe: Recipe, clip_len: int) -> None:
-    """Raise ``ValueError`` if dynamic frame counts do not split into clips."""
-    if not recipe.frame_sampling.startswith("d"):
-        return
-    for key in ("min_frames", "max_frames"):
-        frames = getattr(recipe, key)
-        if frames % clip_len:
-            raise ValueError(
-                f"{key} {frames} does not split into clips of {clip_len} frames; "
-                f"use {max(clip_len, frames - frames % clip_len)} or {frames + -frames % clip_len}"
-            )
+    """Raise ``ValueError`` if the settings for frames contradict each other or are unknown."""
+    if recipe.frame_sampling in ("dual", "dynamic_fps1"):
+        for key in ("min_frames", "max_frames"):
+            frames = getattr(recipe, key)
+            if frames % clip_len:
+                raise ValueError(
+                    f"{key} {frames} does not split into clips of {clip_len} frames; "
+                    f"use {max(clip_len, frames - frames % clip_len)} or {frames + -frames % clip_len}"
+                )
+    for key in ("size", "clip_len", "generator", "start", "end"):
+        if key in recipe.video:
+            raise ValueError(f"video sets {key!r}, which the model, the seed or the rows decide; leave it out")
+    # Reading a folder of small pictures meets every rule of sampling and reading.
+    frames = np.zeros((8, 8, 8, 3), dtype=np.uint8)
+    with TemporaryDirectory() as folder:
+        for number, frame in enumerate(frames):
+            Image.fromarray(frame).save(Path(folder) / f"{number}.png")
+        try:
+            read_video(folder, clip_len=clip_len, **{**frame_settings(recipe), **recipe.video})
+        except TypeError as error:
+            raise ValueError(f"video: {error}") from error
 
 
 def check_same_data(last: Path, manifest: Mapping[str, Any]) -> None:
