@@ -24,6 +24,9 @@ BACKGROUND_WEIGHT = 0.15
 """Weight of a patch that shows no part of a figure; most patches do not."""
 PLACE_WEIGHT = 8.0
 """Weight of the error in place. Without it, directions are learned late or not at all."""
+FULL_SIZE_SHARE = 0.25
+"""Share of the batches that keep their resolution, with a quarter of their clips, which takes as long as the others:
+all clips at half the resolution. An encoder that has met both can go from one to the other later."""
 
 
 class TrackModel(nn.Module):
@@ -42,7 +45,7 @@ class TrackModel(nn.Module):
         self.where = nn.Linear(encoder.hidden_size, 4)
 
     def forward(self, clips: Tensor, classes: Tensor, boxes: Tensor) -> dict[str, Tensor]:
-        """Return the loss.
+        """Return the loss; in training, at the full or at half the resolution, see `FULL_SIZE_SHARE`.
 
         Args:
             clips: ``(N, T, 3, H, W)`` uint8.
@@ -51,8 +54,13 @@ class TrackModel(nn.Module):
         """
         encoder = self.encoder
         pixels = normalize_pixels(clips, mean=encoder.image_mean, std=encoder.image_std)
+        if self.training and torch.rand(()) < FULL_SIZE_SHARE:
+            some = slice(max(1, len(clips) // 4))
+            pixels, classes, boxes = pixels[some], classes[some], boxes[some]
+        elif self.training:
+            pixels = F.avg_pool2d(pixels.flatten(0, 1), 2).unflatten(0, pixels.shape[:2])
         tokens_NLD = encoder(pixels)
-        shown_NL = shown_patches(boxes, encoder.grid(*clips.shape[1:2], *clips.shape[-2:]))
+        shown_NL = shown_patches(boxes, encoder.grid(pixels.shape[1], *pixels.shape[-2:]))
         weights = torch.where(shown_NL, 1.0, BACKGROUND_WEIGHT).flatten()
         loss = torch.zeros((), device=clips.device)
         for label, scores in enumerate(self.what(tokens_NLD).split(self.num_classes, dim=-1)):
