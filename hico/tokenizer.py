@@ -73,7 +73,9 @@ def load_llm_tokenizer(path: str, *, known: bool = True, **hub_kwargs) -> PreTra
         return None
     if not known:
         hub_kwargs["config"] = PreTrainedConfig()
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **hub_kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **hub_kwargs)
+    tokenizer.init_kwargs.pop("auto_map", None)  # otherwise it is saved again, and asks for that code
+    return tokenizer
 
 
 def _byte_characters() -> dict[str, int]:

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -295,6 +298,42 @@ def test_an_interrupted_conversion_leaves_nothing_that_loads(flash, tmp_path, mo
         convert(flash, tmp_path / "hico")
     assert len(seen) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"flash"}
+
+
+@pytest.mark.parametrize("moment", ["hico.shards.TensorShard.copy", "hico.HicoConfig.save_pretrained"])
+def test_a_killed_conversion_leaves_nothing_that_loads(flash, tmp_path, moment):
+    module, _, attribute = moment.rpartition(".")
+    code = f"""
+import os, signal
+import hico, hico.convert, hico.shards
+{module}.{attribute} = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+hico.convert.convert({str(flash)!r}, {str(tmp_path / "hico")!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "hico").exists()
+    (partial,) = tmp_path.glob(".hico.partial-*")
+    with pytest.raises((ValueError, OSError)):
+        HicoForConditionalGeneration.from_pretrained(partial)
+    convert(flash, tmp_path / "hico")
+
+
+def test_code_beside_a_checkpoint_is_not_run(flash, tmp_path):
+    trap = f"import pathlib\npathlib.Path({str(tmp_path / 'was_run')!r}).touch()\nclass Trap: pass\n"
+    (flash / "trap.py").write_text(trap)
+    for name, classes in (
+        ("config.json", {"AutoConfig": "trap.Trap", "AutoModelForCausalLM": "trap.Trap"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["trap.Trap", "trap.Trap"]}),
+    ):
+        content = json.loads((flash / name).read_text())
+        (flash / name).write_text(json.dumps({**content, "auto_map": classes}))
+    HicoForConditionalGeneration.from_pretrained(flash)
+    HicoProcessor.from_pretrained(flash)
+    convert(flash, tmp_path / "hico")
+    assert not (tmp_path / "was_run").exists()
+    for name in ("config.json", "tokenizer_config.json"):
+        assert "trap" not in (tmp_path / "hico" / name).read_text()
+    assert not (tmp_path / "hico" / "trap.py").exists()
 
 
 def test_what_is_there_is_not_overwritten(flash, tmp_path):
