@@ -1,6 +1,7 @@
 """The ``hico`` command."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -95,7 +96,9 @@ def video_settings(args: argparse.Namespace) -> dict:
     if args.frames is not None:
         settings["num_frames"] = args.frames
     if args.fps is not None:
-        settings["mode"] = f"fps{args.fps:g}"
+        if not 0 < args.fps < float("inf"):
+            raise ValueError(f"--fps is {args.fps:g}; give a positive number of frames per second")
+        settings["mode"] = f"fps{args.fps:.9f}"
     return {key: value for key, value in settings.items() if value is not None}
 
 
@@ -108,7 +111,7 @@ def load(model: str, *, device: str | None = None, dtype: str | None = None):
         dtype: as torch names it; float32 on CPU and bfloat16 elsewhere if omitted.
 
     Raises:
-        ValueError: if there is no such model.
+        ValueError: if there is no such model or device.
     """
     import torch
 
@@ -116,6 +119,11 @@ def load(model: str, *, device: str | None = None, dtype: str | None = None):
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {device} cannot be used ({reason}); take another one, such as cpu") from error
     dtype = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
     if model == "tiny":
         config = hico.HicoConfig.preset("tiny")
@@ -123,7 +131,7 @@ def load(model: str, *, device: str | None = None, dtype: str | None = None):
             torch.manual_seed(0)
             network = hico.HicoForConditionalGeneration(config)
         processor = hico.HicoProcessor.from_config(config, byte_tokenizer(), video={"max_frames": 64})
-    elif "/" not in model and not Path(model).is_dir():
+    elif not Path(model).is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
         raise ValueError(f"there is no model {model!r}; give a directory, a hub name like 'owner/model', or 'tiny'")
     else:
         network = hico.HicoForConditionalGeneration.from_pretrained(model, dtype=dtype)
@@ -137,18 +145,27 @@ def _chat(args: argparse.Namespace) -> None:
     model, processor = load(args.model, device=args.device, dtype=args.dtype)
     session = hico.Session(model, processor, args.video, progress=not args.no_progress, **video_settings(args))
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def ask(question: str) -> None:
+        # The terminal hands on bytes that are no UTF-8 as lone surrogates, which no tokenizer takes.
+        question = question.encode(errors="surrogateescape").decode(errors="replace")
+        session.ask(question, max_new_tokens=args.max_new_tokens, streamer=streamer)
+
     if args.question is not None:
-        session.ask(args.question, max_new_tokens=args.max_new_tokens, streamer=streamer)
+        ask(args.question)
         return
     print("Ask about the video; an empty line ends.")
     while question := _read_line("> "):
-        session.ask(question, max_new_tokens=args.max_new_tokens, streamer=streamer)
+        try:
+            ask(question)
+        except ValueError as error:
+            print(f"hico chat: {error}", file=sys.stderr)
 
 
 def _read_line(prompt: str) -> str:
     try:
         return input(prompt).strip()
-    except EOFError:
+    except (EOFError, RuntimeError):  # the latter if standard input is closed from the start
         return ""
 
 

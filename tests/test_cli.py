@@ -37,6 +37,24 @@ def test_chat_reads_questions_until_an_empty_line(clip, capsys, monkeypatch):
     assert capsys.readouterr().out.count("> ") == 3
 
 
+def test_a_question_that_cannot_be_asked_does_not_end_the_chat(clip, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("<|video_pad|>?\n\udcff?\n\n"))
+    assert main(["chat", clip, "--frames", "4", "--max-new-tokens", "2", "--device", "cpu"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("> ") == 3
+    assert "hico chat: 1 were given for the 2 <|video_pad|>" in printed.err
+
+
+def test_without_a_terminal_there_are_no_questions(clip, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert main(["chat", clip, "--frames", "4", "--device", "cpu"]) == 0
+
+
+def test_any_positive_rate_is_taken(clip):
+    for fps in ("0.00001", "29.97"):
+        assert main(["chat", clip, "What?", "--fps", fps, "--max-new-tokens", "1", "--device", "cpu"]) == 0
+
+
 def test_the_same_question_gives_the_same_answer(clip, capsys):
     answers = []
     for _ in range(2):
@@ -51,7 +69,13 @@ def test_the_same_question_gives_the_same_answer(clip, capsys):
         (["chat", "missing.mp4", "What?"], "missing.mp4"),
         (["chat", "CLIP", "What?", "--frames", "8", "--fps", "2"], "--frames and --fps exclude each other"),
         (["chat", "CLIP", "What?", "--start", "90"], "90"),
-        (["chat", "CLIP", "What?", "--model", "no-such-model"], "no-such-model"),
+        (["chat", "CLIP", "What?", "--frames", "0"], "num_frames of at least 1, not 0"),
+        (["chat", "CLIP", "What?", "--fps", "0"], "--fps is 0; give a positive number"),
+        (["chat", "CLIP", "What?", "--fps", "nan"], "--fps is nan; give a positive number"),
+        (["chat", "CLIP", "What?", "--device", "gpu"], "--device gpu cannot be used"),
+        (["chat", "CLIP", "What?", "--device", "meta"], "--device meta cannot be used"),
+        (["chat", "CLIP", "What?", "--model", "no-such-model"], "there is no model 'no-such-model'"),
+        (["chat", "CLIP", "What?", "--model", "/no/such/model"], "there is no model '/no/such/model'"),
     ],
 )
 def test_bad_input_is_one_line_on_standard_error(arguments, words, clip, capsys):
