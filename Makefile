@@ -8,7 +8,8 @@ export OMP_NUM_THREADS ?= 2
 .PHONY: help setup demo test test-slow test-compat lint bench clean
 
 help:
-	@echo "make demo        answer a question about a video with a tiny model (VIDEO=clip.mp4 QUESTION='...')"
+	@echo "make demo        train a tiny model and ask it about videos, some minutes; with VIDEO=clip.mp4"
+	@echo "                 QUESTION='...' the steps from that file to an answer instead, untrained"
 	@echo "make test        the test suite, some minutes on two cores"
 	@echo "make test-slow   the slow tests"
 	@echo "make test-compat the test suite on the oldest transformers that is supported"
@@ -30,7 +31,8 @@ $(STAMP): setup.py constraints-cpu.txt
 
 demo: setup
 	@echo "== hico demo: from a video file to an answer"
-	@$(BIN)/hico demo $(if $(VIDEO),"$(VIDEO)") --question "$(QUESTION)"
+	@$(BIN)/hico demo --untrained $(if $(VIDEO),"$(VIDEO)") --question "$(QUESTION)"
+	@$(if $(VIDEO),,echo && echo "== hico demo: a tiny model learns" && $(BIN)/hico demo)
 
 test: setup
 	@echo "== running the tests"
@@ -55,4 +57,4 @@ bench: setup
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) $(COMPAT) build dist *.egg-info
+	rm -rf $(VENV) $(COMPAT) build dist demo *.egg-info
