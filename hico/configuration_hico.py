@@ -171,10 +171,13 @@ class HicoConfig(PreTrainedConfig):
             changes: fields to set otherwise.
 
         Raises:
-            ValueError: if the name is unknown.
+            ValueError: if the name or a field is unknown.
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; use one of {', '.join(PRESETS)}")
+        unknown = [field for field in changes if not hasattr(cls, field)]
+        if unknown:
+            raise ValueError(f"HicoConfig has no field {', '.join(unknown)}; see its documentation for those it has")
         return cls(**{**PRESETS[name], **changes})
 
     @classmethod

@@ -293,3 +293,9 @@ def test_outputs_may_be_tuples(model):
     with torch.no_grad():
         assert torch.equal(model(ids, return_dict=False)[0], model(ids).logits)
         assert torch.equal(model.model(ids, return_dict=False)[0], model.model(ids).last_hidden_state)
+
+
+def test_a_preset_takes_known_fields_only():
+    assert HicoConfig.preset("tiny", clip_len=2, dtype="bfloat16").clip_len == 2
+    with pytest.raises(ValueError, match="HicoConfig has no field compresor"):
+        HicoConfig.preset("tiny", compresor="identity")
