@@ -9,6 +9,7 @@ arXiv:2406.16852.
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 from hico.grids import anyres_grids, unires_grids
@@ -212,9 +213,9 @@ class _Keys:
             raise ValueError(f"{key} is {value!r} in this checkpoint, which hico cannot run; it knows {known}")
         return choices[value]
 
-    def require(self, key: str, *allowed: Any) -> None:
-        """Accept a key that has one value here; the first is what it means to leave the key out."""
-        self.choose(key, dict.fromkeys(allowed), default=allowed[0])
+    def require(self, key: str, wanted: Any) -> None:
+        """Accept a key that can have one value only, which is also what it means to leave it out."""
+        self.choose(key, {wanted: None}, default=wanted)
 
 
 def _text_config(keys: _Keys) -> dict[str, Any]:
@@ -289,7 +290,7 @@ def _longva(keys: _Keys) -> tuple[dict[str, Any], dict[str, Any]]:
     encoder = _encoder(keys)
     keys.require("mm_use_im_start_end", False)
     keys.require("mm_llm_compress", False)
-    keys.require("mm_resampler_type", None, "spatial_pool")
+    keys.require("mm_resampler_type", None)
     keys.ignore("mm_newline_position", "this merge type has no newlines")
     keys.ignore("mm_spatial_pool_out_channels", "pooling keeps the channels")
     pooling = {
@@ -342,36 +343,32 @@ def _drop_schedule(keys: _Keys) -> str | None:
 
 
 def _tiling(keys: _Keys, tilings: Mapping[str | None, str], *, tile: int) -> str | list[tuple[int, int]]:
-    """Read how images are tiled; a tiling that hico has not is reported, and the system's own taken."""
-    name = tilings.get(keys.left.get("image_aspect_ratio"))
-    if name is None:
-        name = next(iter(tilings.values()))
-    else:
+    """Read how images are tiled; what is not understood of it is reported, and the system's own tiling taken."""
+    aspect_ratio = keys.left.get("image_aspect_ratio")
+    name = tilings.get(aspect_ratio) or next(iter(tilings.values()))
+    if aspect_ratio in tilings:
         keys.take("image_aspect_ratio")
-    pinpoints = keys.take("image_grid_pinpoints")
-    if name == "single" or pinpoints is None:
+    if name == "single":
+        keys.ignore("image_grid_pinpoints", "images are not tiled")
         return name
+    pinpoints = keys.take("image_grid_pinpoints")
     grids = _parse_pinpoints(pinpoints, tile=tile)
+    if grids is None:
+        keys.left |= {"image_grid_pinpoints": pinpoints} if pinpoints else {}
+        return name
     named = {"anyres_nopad": anyres_grids(), "unires": unires_grids()}
     return next((known for known, its_grids in named.items() if sorted(grids) == sorted(its_grids)), grids)
 
 
-def _parse_pinpoints(pinpoints: Any, *, tile: int) -> list[tuple[int, int]]:
+def _parse_pinpoints(pinpoints: Any, *, tile: int) -> list[tuple[int, int]] | None:
     """Return ``(columns, rows)`` from sizes in pixels, or from a range of grids such as ``(1x1),...,(6x6)``."""
     if isinstance(pinpoints, str):
         corners = [(int(columns), int(rows)) for columns, rows in re.findall(r"\((\d+)x(\d+)\)", pinpoints)]
         if len(corners) == 2:
             (first_column, first_row), (last_column, last_row) = corners
-            return [
-                (columns, rows)
-                for columns in range(first_column, last_column + 1)
-                for rows in range(first_row, last_row + 1)
-            ]
-        pinpoints = [(int(width), int(height)) for width, height in re.findall(r"\((\d+)\s*,\s*(\d+)\)", pinpoints)]
-    sizes = [(int(width), int(height)) for width, height in pinpoints]
+            return list(product(range(first_column, last_column + 1), range(first_row, last_row + 1)))
+        pinpoints = re.findall(r"\((\d+)\s*,\s*(\d+)\)", pinpoints)
+    sizes = [(int(width), int(height)) for width, height in pinpoints or ()]
     if not sizes or any(width % tile or height % tile for width, height in sizes):
-        raise ValueError(
-            f"image_grid_pinpoints has {len(sizes)} sizes, beginning with {sizes[:3]}; give (width, height) in pixels "
-            f"that are multiples of the tower's {tile}"
-        )
+        return None
     return [(width // tile, height // tile) for width, height in sizes]
