@@ -153,7 +153,8 @@ class HicoModel(HicoPreTrainedModel):
 
     def _encode_chunk(self, clips_NTCHW: Tensor, *, compress: bool) -> Tensor:
         weight = self.projector.mlp[0].weight
-        clips_NTCHW = clips_NTCHW.to(weight.device, non_blocking=True)
+        if not weight.is_meta:  # else it is offloaded, and accelerate moves what goes into the modules
+            clips_NTCHW = clips_NTCHW.to(weight.device, non_blocking=True)
         if clips_NTCHW.dtype == torch.uint8:
             clips_NTCHW = normalize_pixels(clips_NTCHW, mean=self.encoder.image_mean, std=self.encoder.image_std)
         elif not clips_NTCHW.is_floating_point():

@@ -299,3 +299,23 @@ def test_a_preset_takes_known_fields_only():
     assert HicoConfig.preset("tiny", clip_len=2, dtype="bfloat16").clip_len == 2
     with pytest.raises(ValueError, match="HicoConfig has no field compresor"):
         HicoConfig.preset("tiny", compresor="identity")
+
+
+def test_an_encoder_is_not_split_across_devices():
+    assert "UMTEncoder" in HicoForConditionalGeneration(HicoConfig.preset("tiny"))._no_split_modules
+
+
+def test_weights_may_be_offloaded(model, tmp_path):
+    inputs = {"input_ids": prompt(1, "v", 2)[None], "pixel_values_videos": pixels(1, 4, 3, 48, 48)}
+    model.save_pretrained(tmp_path)
+    places = {
+        "model.encoder": "cpu",
+        "model.compressor": "cpu",
+        "model.projector": "disk",
+        "model.language_model": "cpu",
+    }
+    offloaded = HicoForConditionalGeneration.from_pretrained(
+        tmp_path, device_map={**places, "lm_head": "disk"}, offload_folder=tmp_path / "offloaded"
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(offloaded(**inputs).logits, model(**inputs).logits)

@@ -32,6 +32,11 @@ class VisionEncoder(nn.Module, ABC):
     """Patterns of the weights that a whole pretrained network has and this encoder does not run; transformers asks."""
 
     @property
+    def _no_split_modules(self) -> set[str]:
+        """Classes that ``device_map="auto"`` keeps on one device; transformers asks."""
+        return {type(self).__name__}
+
+    @property
     def gradient_checkpointing(self) -> bool:
         """Whether training recomputes blocks in the backward pass instead of keeping their activations.
 
