@@ -7,6 +7,7 @@ import ctypes
 import gc
 import json
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -229,7 +230,7 @@ class MemoryWatch:
     """Watch memory for the time of a ``with`` block.
 
     Args:
-        device: a CUDA device; or the CPU, where the process is watched, which works on Linux.
+        device: a CUDA device; or the CPU, where the process is looked at every millisecond, on Linux only.
     """
 
     rise: float | None = None
@@ -237,9 +238,7 @@ class MemoryWatch:
 
     def __init__(self, device):
         self.device = device
-        self._libc = None
-        if device.type == "cpu" and sys.platform.startswith("linux"):
-            self._libc = ctypes.CDLL(None)
+        self._sampler: threading.Thread | None = None
 
     def __enter__(self) -> MemoryWatch:
         gc.collect()
@@ -248,12 +247,15 @@ class MemoryWatch:
 
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device)
-        elif self._libc is not None:
+        elif sys.platform.startswith("linux"):
             # Let every tensor come from the system and go back to it, or the rise would hide in what was freed before.
-            self._libc.mallopt(M_MMAP_THRESHOLD, 2**16)
-            self._libc.malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-            self._before = _resident_bytes("VmRSS")
+            libc = ctypes.CDLL(None)
+            libc.mallopt(M_MMAP_THRESHOLD, 2**16)
+            libc.malloc_trim(0)
+            self._before = self._highest = _anonymous_bytes()
+            self._done = threading.Event()
+            self._sampler = threading.Thread(target=self._sample, daemon=True)
+            self._sampler.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -261,14 +263,21 @@ class MemoryWatch:
             import torch
 
             self.rise = float(torch.cuda.max_memory_allocated(self.device) - self._before)
-        elif self._libc is not None:
-            self.rise = _resident_bytes("VmHWM") - self._before
-            self._libc.mallopt(M_MMAP_THRESHOLD, 2**25)
+        elif self._sampler is not None:
+            self._done.set()
+            self._sampler.join()
+            self.rise = self._highest - self._before
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**25)
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.001):
+            self._highest = max(self._highest, _anonymous_bytes())
 
 
-def _resident_bytes(field: str) -> float:
+def _anonymous_bytes() -> float:
+    """Return the resident memory of this process without mapped files, which the system drops when it likes."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024.0 * int(next(line for line in lines if line.startswith(field)).split()[1])
+    return 1024.0 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
 
 
 def _show_progress(text: str) -> None:

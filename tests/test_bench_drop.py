@@ -81,12 +81,12 @@ def test_settings_that_cannot_be_are_named(options, words):
 @pytest.mark.slow
 @torch.no_grad()
 def test_peak_memory_of_a_prefill_doubles_with_its_length():
-    model = Qwen2ForCausalLM(Qwen2Config(**{**TINY, "hidden_size": 128, "intermediate_size": 256})).eval()
+    model = Qwen2ForCausalLM(Qwen2Config(**{**TINY, "hidden_size": 512, "intermediate_size": 1024})).eval()
     patch(model, "attention@1:0.75,attention@3:0.25")
-    model(**one_video(512, width=128), logits_to_keep=1)
+    model(**one_video(512, width=512), logits_to_keep=1)
     peaks = []
     for num_visual in (4096, 8192, 16384):
-        prompt = one_video(num_visual, width=128)
+        prompt = one_video(num_visual, width=512)
         with MemoryWatch(torch.device("cpu")) as peak:
             model(**prompt, use_cache=True, logits_to_keep=1)
         peaks.append(peak.rise)
