@@ -32,7 +32,6 @@ def recipe(corpus: Path, output_dir: Path, **changes):
             "model": str(corpus / "model"),
             "output_dir": str(output_dir),
             "data": [{"json_path": str(corpus / "tracks.jsonl"), "data_root": str(corpus)}],
-            "image_size": 96,
             "max_frames": 4,
             "learning_rate": 1e-3,
             "max_steps": 2,
@@ -66,7 +65,9 @@ def test_a_finer_grid_shows_the_same_area():
 def test_the_loss_reaches_every_weight_at_both_resolutions():
     torch.manual_seed(0)
     encoder = UMTEncoder(image_size=48, patch_size=12, hidden_size=32, depth=3, num_heads=2)
-    model = TrackModel(encoder, {"shape": ["circle", "square"], "color": ["blue", "red", "white"]})
+    model = TrackModel(
+        encoder, {"shape": ["circle", "square"], "color": ["blue", "red", "white"]}, half_size_share=0.5
+    )
     clips = torch.randint(0, 256, (4, 4, 3, 96, 96), dtype=torch.uint8)
     boxes = torch.rand(4, 4, 4).sort(dim=-1).values
     seen = []
@@ -108,3 +109,8 @@ def test_videos_of_several_clips_are_an_error(corpus, tmp_path):
 def test_other_parts_cannot_learn_from_tracks(corpus, tmp_path):
     with pytest.raises(ValueError, match="trains the encoder alone"):
         recipe(corpus, tmp_path, trainable=["encoder", "projector"])
+
+
+def test_half_size_without_tracks_is_an_error(corpus, tmp_path):
+    with pytest.raises(ValueError, match=r"half_size_share is 0\.5"):
+        recipe(corpus, tmp_path, objective="answers", half_size_share=0.5)
