@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,11 +14,14 @@ import torch
 from train_corpus import make, write_corpus
 
 from hico import HicoForConditionalGeneration
+from hico.train import run
+from hico.train.checkpoint import checkpoints
 
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("train_worker.py")
 
 pytestmark = pytest.mark.slow
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 
 
 @pytest.fixture(scope="module")
@@ -27,47 +31,51 @@ def folder(tmp_path_factory):
     return folder
 
 
-def launch(folder, name, *, processes, **changes):
-    """Train in ``processes`` processes; return what the first one recorded."""
+def launch(folder, name, *, processes, stop_at=None, **changes):
+    """Train in ``processes`` processes; return what the first one recorded, or nothing if they were stopped."""
     recipe = make(folder, output_dir=str(folder / name), max_grad_norm=0.0, num_train_epochs=2, **changes)
     settings = {key: value for key, value in vars(recipe).items() if key != "arguments"} | recipe.arguments
     (folder / f"{name}.json").write_text(json.dumps(settings))
+    arguments = [str(WORKER), str(folder / f"{name}.json"), str(folder / f"{name}.pt")]
+    codes, errors = run_in(processes, arguments, **({"STOP_AT": str(stop_at)} if stop_at else {}))
+    assert codes == [run.STOPPED if stop_at else 0] * processes, errors
+    return None if stop_at else torch.load(folder / f"{name}.pt")
+
+
+def run_in(processes, arguments, **variables):
+    """Run Python in several processes that know of each other; return exit codes and what they complained of."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {
-        "WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        **os.environ,
+        **variables,
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    command = [sys.executable, str(WORKER), str(folder / f"{name}.json"), str(folder / f"{name}.pt")]
-    several = processes > 1
-    running = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **(common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if several else {})},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
+    several = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    running = []
+    for rank in range(processes):
+        own = {**several, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+        running.append(subprocess.Popen([sys.executable, *arguments], env={**common, **own}, **pipes))
     try:
-        outcomes = [(process.communicate(timeout=240)[1], process.returncode) for process in running]
+        errors = [process.communicate(timeout=240)[1][-3000:] for process in running]
     finally:
         for process in running:
             process.kill()
-    assert all(code == 0 for _, code in outcomes), "\n".join(text[-3000:] for text, _ in outcomes)
-    return torch.load(folder / f"{name}.pt")
+    return [process.returncode for process in running], "\n".join(errors)
 
 
 @pytest.fixture(scope="module")
 def alone(folder):
     """One process, four rows at a time: some steps have no video or image in one half."""
     return launch(folder, "alone", processes=1, per_device_train_batch_size=4)
+
+
+def zero(stage):
+    return json.loads((ROOT / f"train/deepspeed/zero{stage}.json").read_text())
 
 
 def assert_same(found, expected, *, tolerance=1e-5):
@@ -104,17 +112,17 @@ def test_two_processes_with_ddp_and_a_last_step_that_one_of_them_misses(folder):
     assert_same(launch(folder, "odd2", processes=2, **changes), expected)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+@needs_deepspeed
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_two_processes_with_zero(folder, alone, stage):
-    settings = json.loads((ROOT / f"train/deepspeed/zero{stage}.json").read_text())
+    settings = zero(stage)
     found = launch(folder, f"zero{stage}", processes=2, per_device_train_batch_size=2, deepspeed=settings)
     assert_same(found, alone)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+@needs_deepspeed
 def test_zero_with_frozen_parts(folder):
-    settings = json.loads((ROOT / "train/deepspeed/zero3.json").read_text())
+    settings = zero(3)
     expected = launch(folder, "frozen1", processes=1, per_device_train_batch_size=4, trainable=["projector"])
     found = launch(
         folder,
@@ -125,3 +133,46 @@ def test_zero_with_frozen_parts(folder):
         deepspeed=settings,
     )
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize("stage", [None, *(pytest.param(stage, marks=needs_deepspeed) for stage in (1, 2, 3))])
+def test_a_signal_to_one_process_stops_all_and_they_go_on(folder, alone, stage):
+    changes = {"per_device_train_batch_size": 2, "processes": 2, **({"deepspeed": zero(stage)} if stage else {})}
+    launch(folder, f"stopped{stage}", stop_at=2, **changes)
+    assert [path.name for path in checkpoints(folder / f"stopped{stage}")] == ["checkpoint-3"]
+    found = launch(folder, f"stopped{stage}", **changes)
+    torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(alone["losses"]), rtol=1e-4, atol=1e-4)
+
+
+CHAIN = """
+model: {folder}/init
+output_dir: {folder}/chain{processes}
+stages:
+  - {{name: first, trainable: [projector], data: mix.yaml, max_steps: 2}}
+  - {{name: second, data: mix.yaml, image_size: 48, max_steps: 3, deepspeed: {deepspeed}}}
+max_frames: 4
+max_length: 2048
+global_batch_size: 4
+per_device_train_batch_size: 2
+logging_steps: 1
+use_cpu: true
+bf16: false
+"""
+
+
+@pytest.mark.parametrize(
+    "deepspeed", ["null", pytest.param(str(ROOT / "train/deepspeed/zero2.json"), marks=needs_deepspeed)]
+)
+def test_a_chain_runs_on_two_processes(folder, deepspeed):
+    losses = []
+    for processes in (1, 2):
+        path = folder / f"chain{processes}.yaml"
+        path.write_text(
+            CHAIN.format(folder=folder, processes=processes, deepspeed="null" if processes == 1 else deepspeed)
+        )
+        shutil.rmtree(folder / f"chain{processes}", ignore_errors=True)
+        codes, errors = run_in(processes, ["-m", "hico.train", "--config", str(path)])
+        assert codes == [0] * processes, errors
+        state = json.loads((folder / f"chain{processes}/second/final/trainer_state.json").read_text())
+        losses.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)

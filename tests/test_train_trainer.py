@@ -216,6 +216,13 @@ def test_a_frozen_part_has_no_gradient_and_no_optimizer_state(folder):
         assert torch.equal(parameter.data, before[name].data) != learns
 
 
+def test_text_alone_is_no_obstacle_where_the_llm_is_frozen(folder):
+    trainer = train(make(folder, trainable=["projector"], per_device_train_batch_size=1))
+    by_modality = [entry for entry in trainer.state.log_history if "loss_text" in entry]
+    assert len(by_modality) == 4
+    assert all(entry["grad_norm"] == 0 for entry in by_modality)
+
+
 def test_parts_have_learning_rates_of_their_own(folder):
     recipe = make(folder, part_learning_rates={"encoder": 1e-3}, weight_decay=0.1)
     groups = {group["name"]: group for group in trainer_for(recipe).create_optimizer().param_groups}

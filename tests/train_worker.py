@@ -1,6 +1,8 @@
 """One process of a training run whose gradients are looked at: ``train_worker.py RECIPE.json RESULT.pt``."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -42,23 +44,41 @@ def record_deepspeed(record):
     DeepSpeedEngine.step = step
 
 
+class StopAt(TrainerCallback):
+    """Send SIGTERM to this process alone when a step has been made."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def main(recipe_file, result):
     recipe = make_recipe(json.loads(Path(recipe_file).read_text()))
-    args = run.training_arguments(recipe)
-    trainer = run.make_trainer(recipe, args, run.prepare(recipe))
-    record = Record()
-    if args.deepspeed:
-        record_deepspeed(record)
-    else:
-        trainer.add_callback(record)
-    trainer.train()
-    final = trainer.save_final()
-    if args.process_index == 0:
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        torch.save({"losses": losses, "gradients": record.gradients, "final": str(final)}, result)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    record, made, real = Record(), [], run.make_trainer
+
+    def make_trainer(*args):
+        trainer = real(*args)
+        made.append(trainer)
+        if trainer.args.deepspeed:
+            record_deepspeed(record)
+        else:
+            trainer.add_callback(record)
+        if "STOP_AT" in os.environ and trainer.args.process_index == 1:
+            trainer.add_callback(StopAt(int(os.environ["STOP_AT"])))
+        return trainer
+
+    run.make_trainer = make_trainer
+    try:
+        final = run.run_stage(recipe)
+        if made[0].args.process_index == 0:
+            losses = [entry["loss"] for entry in made[0].state.log_history if "loss" in entry]
+            torch.save({"losses": losses, "gradients": record.gradients, "final": str(final)}, result)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -72,9 +72,10 @@ class HicoTrainer(Trainer):
         self.meter = Meter(peak_tflops if flops else None)
         self.token_loss, self.stop_on_signal = TokenLoss(), StopOnSignal()
         unwrapped(model).loss_function = self.token_loss
-        collator = Collator(
-            dataset.processor, packing=recipe.packing, needed="pixels" if args.world_size > 1 else "rows"
-        )
+        # Where the LLM is frozen, text alone has nothing to learn from, and its loss no gradient.
+        llm_learns = "llm" in recipe.trainable or recipe.lora is not None
+        needed = "pixels" if args.world_size > 1 or not llm_learns else "rows"
+        collator = Collator(dataset.processor, packing=recipe.packing, needed=needed)
         super().__init__(
             model,
             args,
