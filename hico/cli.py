@@ -98,7 +98,7 @@ def video_settings(args: argparse.Namespace) -> dict:
     if args.fps is not None:
         if not 0 < args.fps < float("inf"):
             raise ValueError(f"--fps is {args.fps:g}; give a positive number of frames per second")
-        settings["mode"] = f"fps{args.fps:.9f}"
+        settings["fps"] = args.fps
     return {key: value for key, value in settings.items() if value is not None}
 
 

@@ -20,11 +20,11 @@ from hico.prompt import (
     VIDEO_TOKEN,
     expand_placeholders,
     insert_time_message,
-    time_message,
 )
+from hico.prompt import time_message as write_time_message
 from hico.published import is_published, translate
 from hico.tokenizer import add_placeholders, load_llm_tokenizer
-from hico.video_io import Video, VideoInfo, VideoStream, read_video
+from hico.video_io import ReadSettings, Video, VideoInfo, VideoStream, read_video
 
 IMAGE_GRIDS = {
     "single": lambda: [],
@@ -49,7 +49,7 @@ class HicoProcessor(ProcessorMixin):
         chat_template: Jinja template; ChatML if neither it nor the tokenizer has one.
 
     Raises:
-        ValueError: if the tokenizer lacks a placeholder or a setting is unknown.
+        ValueError, TypeError: if the tokenizer lacks a placeholder or a setting is unknown.
     """
 
     def __init__(
@@ -73,6 +73,8 @@ class HicoProcessor(ProcessorMixin):
             )
         self.vision = vision if isinstance(vision, VisionSpec) else VisionSpec(**vision)
         self.video = dict(video or {})
+        ReadSettings.of(self.video)
+        write_time_message(time_message, duration=0.0, seconds=[])
         self.time_message = time_message
         self.image_tiling = image_tiling
 
@@ -80,7 +82,7 @@ class HicoProcessor(ProcessorMixin):
     def from_config(cls, config: HicoConfig, tokenizer, **settings: Any) -> "HicoProcessor":
         """Make the processor that goes with a model's configuration."""
         if config.image_layout != "mosaic":
-            settings.setdefault("image_tiling", "unires")
+            settings = {"image_tiling": "unires", "time_message": None, **settings}  # as LongVA was trained
         return cls(tokenizer, vision=config.vision, **settings)
 
     @classmethod
@@ -261,7 +263,7 @@ class HicoProcessor(ProcessorMixin):
     def _video_text(self, video: Video | VideoStream) -> str:
         num_frames = len(video.seconds)
         padded = num_frames + -num_frames % self.vision.clip_len
-        message = time_message(self.time_message, duration=video.duration, seconds=video.seconds)
+        message = write_time_message(self.time_message, duration=video.duration, seconds=video.seconds)
         return VIDEO_TOKEN * self.vision.num_video_tokens(padded) + insert_time_message(message)
 
     def _clips(self, frames_FCHW: Tensor) -> Tensor:

@@ -225,16 +225,21 @@ class _AtTimes:
     max_frames: float = math.inf
 
     def sample(self, request: _Request) -> list[int]:
-        step = 1 / self.rate
-        times = np.arange(step / 2, request.duration + step / 2, step)
-        indices = np.round(times * request.fps).astype(np.int64)
-        indices = indices[indices < request.num_source_frames]
+        indices = self._nearest(request)
         if request.published:
             return indices[: int(min(len(indices), request.max_frames))].tolist()
         least = min(request.min_frames, request.num_source_frames)
         if least <= len(indices) <= request.max_frames:
             return indices.tolist()
         return _middles(request, _bounded(request, max(1, len(indices)), whole_clips=False)).tolist()
+
+    def _nearest(self, request: _Request) -> np.ndarray:
+        if self.rate >= request.fps and not request.published:
+            return np.arange(request.num_source_frames)  # each frame once; rounding would repeat some and skip others
+        step = 1 / self.rate
+        times = np.arange(step / 2, request.duration + step / 2, step)
+        indices = np.round(times * request.fps).astype(np.int64)
+        return indices[indices < request.num_source_frames]
 
 
 _RULES = {

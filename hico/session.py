@@ -12,7 +12,7 @@ from hico.video_io import stream_video
 
 
 class Session:
-    """A conversation about one video.
+    """A conversation about one video, for one thread.
 
     The video is decoded, encoded and compressed in chunks, the next one decoding while this one is encoded; only its
     visual tokens stay in memory.

@@ -139,6 +139,10 @@ def test_wrong_input_is_named(processor, tmp_path):
         processor.apply_chat_template(user({"type": "video"}), tokenize=True)
     with pytest.raises(Exception, match="unknown content type audio"):
         processor.apply_chat_template(user({"type": "audio", "path": "x.wav"}))
+    with pytest.raises(ValueError, match="unknown time message 'shrot'"):
+        HicoProcessor.from_config(HicoConfig.preset("tiny"), byte_tokenizer(), time_message="shrot")
+    with pytest.raises(TypeError, match="unknown video setting 'nframes'; did you mean 'num_frames'"):
+        HicoProcessor.from_config(HicoConfig.preset("tiny"), byte_tokenizer(), video={"nframes": 3})
     with pytest.raises(ValueError, match="unknown image_tiling 'anyres'"):
         HicoProcessor.from_config(HicoConfig.preset("tiny"), byte_tokenizer(), image_tiling="anyres")
 
@@ -203,3 +207,8 @@ def test_a_conversation_without_messages_is_refused(processor):
 def test_an_answer_can_be_continued(processor):
     messages = [*user(text("Count.")), {"role": "assistant", "content": "One, two"}]
     assert processor.apply_chat_template(messages, continue_final_message=True).endswith("\nOne, two")
+
+
+def test_a_longva_processor_writes_no_time_message():
+    processor = HicoProcessor.from_config(HicoConfig.preset("longva-7b"), byte_tokenizer())
+    assert (processor.time_message, processor.image_tiling) == (None, "unires")

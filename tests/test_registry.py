@@ -26,5 +26,5 @@ def test_own_entries_are_built_with_their_settings():
 
 def test_a_setting_that_the_class_does_not_take_is_named():
     registry = Registry("part", {"decoder": "json:JSONDecoder"})
-    with pytest.raises(ValueError, match="part 'decoder' cannot be built from .*'width': 3.*"):
+    with pytest.raises(ValueError, match=r"part 'decoder' cannot be built from .*'width': 3.*"):
         registry.build({"name": "decoder", "width": 3})

@@ -175,3 +175,8 @@ def test_padding_repeats_the_last_frame_or_refuses():
         pad_to_clips([3, 5, 9], 4, pad="error")
     with pytest.raises(ValueError, match="unknown pad 'repeats'; did you mean 'repeat'"):
         pad_to_clips([3], 4, pad="repeats")
+
+
+def test_a_rate_beyond_that_of_the_source_takes_every_frame_once():
+    assert sample_frames(60, 30.0, mode="fps2000000") == list(range(60))
+    assert sample_frames(60, 30.0, mode="fps30") == list(range(60))

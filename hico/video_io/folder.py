@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from hico.preprocessing import to_pil
 from hico.video_io.base import Reader
 from hico.video_io.index import Keyframe, VideoIndex, VideoInfo
 from hico.video_io.source import Source, VideoError
@@ -80,7 +81,7 @@ class FolderReader(Reader):
 def _open(source: Source, path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return to_pil(image)
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise VideoError(f"{source.name}: {path.name} cannot be opened as an image ({error}); replace it") from error
 
