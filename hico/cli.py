@@ -16,12 +16,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="hico", description="Hierarchical compression of long video.")
     parser.add_argument("--version", action="version", version=f"hico {hico.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for add in (_add_chat, _add_demo, _add_convert, _add_inspect):
+    for add in (_add_chat, _add_demo, _add_convert, _add_inspect, _add_merge_lora):
         add(commands)
     args = parser.parse_args(argv)
     try:
         return args.run(args) or 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"hico {args.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -71,6 +71,14 @@ def _add_inspect(commands) -> None:
     parser = commands.add_parser("inspect", help="say what a checkpoint is", description=about)
     parser.add_argument("checkpoint", help="a folder, or a file of weights")
     parser.set_defaults(run=_inspect)
+
+
+def _add_merge_lora(commands) -> None:
+    about = "Merge the adapters that a training stage with lora made into the model that it started from."
+    parser = commands.add_parser("merge-lora", help="merge trained adapters into the model", description=about)
+    parser.add_argument("source", help="folder of the adapters, such as runs/stage3/final")
+    parser.add_argument("target", help="folder to write; must not exist")
+    parser.set_defaults(run=_merge_lora)
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -208,6 +216,12 @@ def _convert(args: argparse.Namespace) -> None:
 
     names = ("to", "encoder", "projector", "preset")
     print(convert(args.source, args.target, **{name: getattr(args, name) for name in names}).table())
+
+
+def _merge_lora(args: argparse.Namespace) -> None:
+    from hico.train.lora import merge_lora
+
+    merge_lora(args.source, args.target)
 
 
 def _inspect(args: argparse.Namespace) -> None:

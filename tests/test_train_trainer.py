@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from train_corpus import make, write_corpus, write_model
 
-from hico import HicoForConditionalGeneration
+from hico import HicoForConditionalGeneration, cli
 from hico.prompt import IGNORE_INDEX, label_mask
 from hico.train import run
 from hico.train.__main__ import main
@@ -594,8 +594,6 @@ def test_gradient_checkpointing_changes_nothing(folder):
 
 def test_adapters_learn_are_resumed_and_merged(folder, monkeypatch):
     pytest.importorskip("peft")
-    from hico.train.lora import merge_lora
-
     common = {"trainable": ["projector"], "lora": {"r": 2}, "save_strategy": "steps", "save_steps": 2}
     whole = run.run_stage(make(folder, output_dir=str(folder / "whole"), **common))
     recipe = make(folder, **common)
@@ -605,7 +603,7 @@ def test_adapters_learn_are_resumed_and_merged(folder, monkeypatch):
             run.run_stage(recipe)
     resumed = run.run_stage(recipe)
     assert losses(history(resumed)) == losses(history(whole))
-    merge_lora(resumed, folder / "merged")
+    assert cli.main(["merge-lora", str(resumed), str(folder / "merged")]) == 0
     before, merged = weights(folder / "init"), weights(folder / "merged")
     changed = {name for name in merged if not torch.equal(merged[name], before[name])}
     assert all(".projector." in name or "_proj." in name for name in changed)
@@ -614,6 +612,13 @@ def test_adapters_learn_are_resumed_and_merged(folder, monkeypatch):
     next_stage = train(make(folder, model=str(resumed), output_dir=str(folder / "next"), max_steps=1))
     same_stage = train(make(folder, model=str(folder / "merged"), output_dir=str(folder / "same"), max_steps=1))
     assert losses(next_stage.state.log_history) == losses(same_stage.state.log_history)
+
+
+def test_merging_needs_adapters_and_a_new_folder(folder, capsys):
+    assert cli.main(["merge-lora", str(folder / "init"), str(folder / "merged")]) == 1
+    assert "holds no adapter_config.json" in capsys.readouterr().err
+    assert cli.main(["merge-lora", str(folder / "init"), str(folder / "init")]) == 1
+    assert "init exists" in capsys.readouterr().err
 
 
 def test_the_utilisation_is_reported_if_the_peak_is_known(folder):

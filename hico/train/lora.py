@@ -71,11 +71,14 @@ def merge_lora(folder: str | Path, output: str | Path) -> None:
 
     Args:
         folder: what a stage with ``lora`` made.
-        output: where to write.
+        output: where to write; must not exist.
 
     Raises:
         FileNotFoundError: if ``folder`` holds no adapters, or their model is gone.
+        FileExistsError: if ``output`` exists.
     """
+    if Path(output).exists():
+        raise FileExistsError(f"{output} exists; name a folder that does not")
     if not (Path(folder) / ADAPTER_CONFIG).is_file():
         raise FileNotFoundError(f"{folder} holds no {ADAPTER_CONFIG}; give the result of a stage with lora")
     load_merged(folder).save_pretrained(output)

@@ -76,7 +76,7 @@ def run_stage(recipe: Recipe) -> Path:
     output_dir = Path(recipe.output_dir)
     final = output_dir / checkpoint.FINAL
     if checkpoint.is_complete(final):
-        logger.warning("stage %s is finished: %s is there; remove it to train again", recipe.name, final)
+        _announce("stage %s is finished: %s is there; remove it to train again", recipe.name, final)
         return final
     # Before anything is loaded: under ZeRO-3 the arguments decide how weights are placed.
     args = training_arguments(recipe)
@@ -90,7 +90,7 @@ def run_stage(recipe: Recipe) -> Path:
     if last:
         check_same_data(last[0], trainer.manifest)
         trainer.bad_rows.resume(int(last[0].name.partition("-")[2]))
-        logger.warning("stage %s goes on from %s", recipe.name, last[0])
+        _announce("stage %s goes on from %s", recipe.name, last[0])
     trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
     if trainer.stop_on_signal.received:
         sys.exit(STOPPED)
@@ -261,6 +261,12 @@ def check_same_data(last: Path, manifest: Mapping[str, Any]) -> None:
                 f"{last} was trained on other data: {key} was {str(before.get(key))[:300]} and is "
                 f"{str(manifest[key])[:300]}; put the data back, or train into another output_dir"
             )
+
+
+def _announce(message: str, *values: Any) -> None:
+    """Say something once, whatever the number of devices."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning(message, *values)
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
