@@ -468,7 +468,7 @@ def test_a_dry_run_says_what_would_be_done(folder, capsys):
     text = capsys.readouterr().out
     model = HicoForConditionalGeneration.from_pretrained(folder / "init")
     projector = sum(parameter.numel() for parameter in model.model.projector.parameters())
-    assert f"projector  {projector:>11,} {projector:>12,}" in text
+    assert f"projector  {projector:>13,} {projector:>14,}" in text
     assert "stage first" in text
     assert "stage second" in text
     assert text.count("steps: 2") == 2

@@ -1,10 +1,12 @@
 """What a recipe would do: the report of ``--dry_run``."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hico.modeling_hico import HicoForConditionalGeneration
 from hico.train.batching import BatchRule, BatchSampler
@@ -28,10 +30,14 @@ def dry_run(recipe: Recipe, prepared: Prepared, *, world_size: int) -> str:
         model = HicoForConditionalGeneration(prepared.config)
     freeze(model, [*recipe.trainable, *(["llm"] if recipe.lora is not None else [])])
     parameters = count_parameters(model)
-    lines = [f"stage {recipe.name}: {recipe.model} -> {recipe.output_dir}", "", "part         trainable        total"]
+    lines = [
+        f"stage {recipe.name}: {recipe.model} -> {recipe.output_dir}",
+        "",
+        "part           trainable          total",
+    ]
     for part, (learned, total) in parameters.items():
         note = "  (adapters only)" if part == "llm" and recipe.lora is not None else ""
-        lines.append(f"{part:<10} {learned:>11,} {total:>12,}{note}")
+        lines.append(f"{part:<10} {learned:>13,} {total:>14,}{note}")
     lines += ["", "parameter groups"]
     rates = {
         **dict.fromkeys(recipe.trainable, recipe.arguments.get("learning_rate", 5e-5)),
@@ -59,7 +65,7 @@ def dry_run(recipe: Recipe, prepared: Prepared, *, world_size: int) -> str:
         f"tokens per step: {per_step:,.0f} (estimated)",
         f"steps: {steps:,.0f}",
         "",
-        *_memory(recipe, prepared, parameters, world_size),
+        *_memory(recipe, prepared, model, world_size),
     ]
     return "\n".join(lines)
 
@@ -77,32 +83,41 @@ def make_sampler(recipe: Recipe, prepared: Prepared, world_size: int) -> BatchSa
     )
 
 
-def _memory(recipe: Recipe, prepared: Prepared, parameters: dict, world_size: int) -> list[str]:
-    """Estimate the memory of one device, the largest batch, with an attention that keeps no scores."""
+def _memory(recipe: Recipe, prepared: Prepared, model: HicoForConditionalGeneration, world_size: int) -> list[str]:
+    """Estimate the memory of one device for its largest batch, with an attention that keeps no scores."""
     zero = zero_stage(recipe)
+    parameters = count_parameters(model)
     total, learned = (sum(counts[i] for counts in parameters.values()) for i in (1, 0))
     if recipe.lora is not None:
         learned -= parameters["llm"][0]
     half = zero is not None and recipe.arguments.get("bf16", False)
     share = {stage: world_size if (zero or 0) >= stage else 1 for stage in (1, 2, 3)}
-    weights = total * (2 if half else 4) / share[3]
-    gradients = learned * (2 if half else 4) / share[2]
-    optimizer = learned * (12 if half else 8) / share[1]
-    text = prepared.config.text_config
+    element = 2 if recipe.arguments.get("bf16") or recipe.arguments.get("fp16") else 4
+    vision, encoder, llm = prepared.config.vision, model.model.encoder, prepared.config.text_config
     longest = int(np.max(prepared.lengths[prepared.rows]))
     tokens = recipe.max_tokens_per_batch or longest * recipe.rows_per_device
-    element = 2 if recipe.arguments.get("bf16") or recipe.arguments.get("fp16") else 4
-    # One layer keeps about 17 numbers of the width per token; checkpointing keeps one, and one layer in full.
-    per_layer = tokens * text.hidden_size * element
-    kept = (
-        text.num_hidden_layers + 17 if recipe.arguments.get("gradient_checkpointing") else text.num_hidden_layers * 17
-    )
-    activations = kept * per_layer
-    rows = [("weights", weights), ("gradients", gradients), ("optimizer", optimizer), ("LLM activations", activations)]
-    rows.append(("together", sum(size for _, size in rows)))
+    num_clips = -(-tokens // vision.num_video_tokens(vision.clip_len)) if prepared.mixture.num_videos.any() else 0
+    patches = num_clips * math.prod(encoder.grid(vision.clip_len, encoder.image_size, encoder.image_size))
+    depth = sum(isinstance(module, GradientCheckpointingLayer) for module in encoder.modules())
+
+    def activations(count: int, width: int, depth: int) -> float:
+        # A layer keeps about 17 numbers of the width per token. Checkpointing keeps one, and one layer in full.
+        kept = depth + 17 if recipe.arguments.get("gradient_checkpointing") else 17 * depth
+        return count * width * kept * element
+
+    sizes = {
+        "weights": total * (2 if half else 4) / share[3],
+        "gradients": learned * (2 if half else 4) / share[2],
+        "optimizer": learned * (12 if half else 8) / share[1],
+        "LLM activations": activations(tokens, llm.hidden_size, llm.num_hidden_layers),
+        "encoder act.": activations(patches, encoder.hidden_size, depth if parameters["encoder"][0] else 0),
+    }
+    sizes["together"] = sum(sizes.values())
     sharded = f"ZeRO-{zero}" if zero is not None else "not sharded by DeepSpeed"
-    title = f"memory per device (estimated; {sharded}; without the encoder's activations and the logits)"
-    return [title, *(f"{name:<16} {size / 2**30:>9.2f} GiB" for name, size in rows)]
+    title = (
+        f"memory per device (estimated; {sharded}; without the logits of learned tokens and the buffers of devices)"
+    )
+    return [title, *(f"{name:<16} {size / 2**30:>9.2f} GiB" for name, size in sizes.items())]
 
 
 def zero_stage(recipe: Recipe) -> int | None:

@@ -80,7 +80,7 @@ def run_stage(recipe: Recipe) -> Path:
         return final
     # Before anything is loaded: under ZeRO-3 the arguments decide how weights are placed.
     args = training_arguments(recipe)
-    prepared = prepare(recipe, check_files=recipe.check_files and args.process_index == 0)
+    prepared = prepare(recipe, is_first=args.process_index == 0)
     if recipe.objective == "tracks":
         set_seed(args.seed)
         rows = TrainingRows(prepared.mixture, prepared.processor, recipe, seed=args.seed)
@@ -126,8 +126,12 @@ def make_trainer(recipe: Recipe, args: TrainingArguments, prepared: Prepared) ->
     )
 
 
-def prepare(recipe: Recipe, *, check_files: bool = True) -> Prepared:
+def prepare(recipe: Recipe, *, is_first: bool = True) -> Prepared:
     """Read and check everything but the weights.
+
+    Args:
+        recipe: of the stage.
+        is_first: whether this is the first of several processes; it alone looks for the files.
 
     Raises:
         ValueError, FileNotFoundError: for what is wrong with recipe, data or checkpoint.
@@ -135,7 +139,7 @@ def prepare(recipe: Recipe, *, check_files: bool = True) -> Prepared:
     config, processor = load_config(recipe)
     schedule = read_schedule(recipe, config)
     check_frames(recipe, config.clip_len)
-    seed = recipe.arguments.get("seed", 42)
+    seed, check_files = recipe.arguments.get("seed", 42), recipe.check_files and is_first
     mixture = read_mixture(recipe.data, seed=seed, sampling_strategy=recipe.sampling_strategy, check_files=check_files)
     lengths = estimate_lengths(mixture, processor, recipe)
     rows, eval_mixture, eval_rows, eval_lengths = np.arange(len(mixture)), None, None, None
