@@ -150,13 +150,15 @@ def test_rows_are_found_at_their_lines_whatever_their_bytes(tmp_path, suffix):
         ("rows.json", '[{"a": 1},\n{"b": }]', r"rows\.json:2 is not JSON"),
         ("rows.jsonl", '{"a": 1}\n{"b": \n', r"rows\.jsonl:2 is not JSON"),
         ("rows.json", '{"a": 1}', "not a JSON array"),
+        ("rows.json", b'["\xff"]', r"rows\.json is not UTF-8"),
+        ("rows.jsonl", b'{}\n{"a": "\xff"}', r"rows\.jsonl:2 is not JSON"),
         ("rows.json", '[{"a": 1},\n 3]', r"rows\.json:2 is int"),
         ("rows.jsonl", "[]\n", r"rows\.jsonl:1 is list"),
         ("rows.json", '[{"a": 1},\n{"b": 2}', r"rows\.json:2 is not JSON"),
     ],
 )
 def test_files_that_do_not_parse_name_the_line(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         RowFile(tmp_path / name)
 

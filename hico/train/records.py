@@ -77,6 +77,8 @@ class Record:
 class RowFile:
     """Rows of a JSON array or a JSONL file, kept as places in the file and parsed one at a time.
 
+    Finding them takes memory for one line of a JSONL file, but for all of a JSON array.
+
     Args:
         path: the file; anything but ``.jsonl`` is read as one JSON array.
 
@@ -86,9 +88,9 @@ class RowFile:
 
     def __init__(self, path: str | Path):
         self.path = str(path)
-        data = Path(path).read_bytes()
-        self.sha256 = hashlib.sha256(data).hexdigest()
-        spans = self._jsonl_spans(data) if self.path.endswith(".jsonl") else self._array_spans(data)
+        digest = hashlib.sha256()
+        spans = self._jsonl_spans(digest) if self.path.endswith(".jsonl") else self._array_spans(digest)
+        self.sha256 = digest.hexdigest()
         self._spans = np.array(spans, dtype=np.int64).reshape(-1, 3)
 
     def __len__(self) -> int:
@@ -108,20 +110,29 @@ class RowFile:
         """Return the path of a row's file."""
         return str(Path(root) / name) if root else name
 
-    def _jsonl_spans(self, data: bytes) -> list[tuple[int, int, int]]:
+    def _jsonl_spans(self, digest) -> list[tuple[int, int, int]]:
         spans, start = [], 0
-        for line, text in enumerate(data.splitlines(keepends=True), 1):
-            if text.strip():
-                try:
-                    self._check(json.loads(text), line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{self.path}:{line} is not JSON: {error}") from error
-                spans.append((start, start + len(text), line))
-            start += len(text)
+        with open(self.path, "rb") as file:
+            for line, text in enumerate(file, 1):
+                digest.update(text)
+                if text.strip():
+                    try:
+                        row = json.loads(text)
+                    except ValueError as error:
+                        raise ValueError(f"{self.path}:{line} is not JSON: {error}") from error
+                    self._check(row, line)
+                    spans.append((start, start + len(text), line))
+                start += len(text)
         return spans
 
-    def _array_spans(self, data: bytes) -> list[tuple[int, int, int]]:
-        text, decoder, gap = data.decode(), json.JSONDecoder(), re.compile(r"[\s,]*")
+    def _array_spans(self, digest) -> list[tuple[int, int, int]]:
+        data = Path(self.path).read_bytes()
+        digest.update(data)
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.path} is not UTF-8 text: {error}") from error
+        decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
         opening = re.match(r"\s*\[", text)
         if not opening:
             raise ValueError(f"{self.path} is not a JSON array of rows; name it .jsonl if it has one row per line")

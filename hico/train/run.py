@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -159,6 +159,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         settings.setdefault("eval_strategy", "epoch")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     settings["gradient_accumulation_steps"] = recipe.gradient_accumulation(world_size)
+    if "activation_checkpointing" in {known.name for known in fields(TrainingArguments)}:
+        # Newer transformers warn at the old name; drop this when only they are supported.
+        settings["activation_checkpointing"] = settings.pop("gradient_checkpointing", None)
     args = TrainingArguments(output_dir=recipe.output_dir, remove_unused_columns=False, **settings)
     if args.deepspeed and args.device.type == "cpu" and args.world_size > 1:
         # On CPUs accelerate 1.15 starts torch's process group but not DeepSpeed's, which ZeRO-3 needs for loading.
