@@ -62,21 +62,14 @@ def test_a_finer_grid_shows_the_same_area():
     assert torch.equal(fine, coarse.repeat_interleave(2, 0).repeat_interleave(2, 1))
 
 
-def test_the_loss_reaches_every_weight_at_both_resolutions():
+def test_the_loss_reaches_every_weight():
     torch.manual_seed(0)
     encoder = UMTEncoder(image_size=48, patch_size=12, hidden_size=32, depth=3, num_heads=2)
-    model = TrackModel(
-        encoder, {"shape": ["circle", "square"], "color": ["blue", "red", "white"]}, half_size_share=0.5
-    )
-    clips = torch.randint(0, 256, (4, 4, 3, 96, 96), dtype=torch.uint8)
-    boxes = torch.rand(4, 4, 4).sort(dim=-1).values
-    seen = []
-    encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
-    for _ in range(20):
-        model.zero_grad()
-        model(clips, torch.tensor([[1, 3], [2, 1], [1, 1], [2, 2]]), boxes)["loss"].backward()
-        assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
-    assert {(len(shape), shape[0], shape[-1]) for shape in seen} == {(5, 4, 48), (5, 1, 96)}
+    model = TrackModel(encoder, {"shape": ["circle", "square"], "color": ["blue", "red", "white"]})
+    clips = torch.randint(0, 256, (2, 4, 3, 48, 48), dtype=torch.uint8)
+    boxes = torch.rand(2, 4, 4).sort(dim=-1).values
+    model(clips, torch.tensor([[1, 3], [2, 1]]), boxes)["loss"].backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
 
 
 def test_a_stage_changes_the_encoder_alone(corpus, tmp_path):
@@ -109,8 +102,3 @@ def test_videos_of_several_clips_are_an_error(corpus, tmp_path):
 def test_other_parts_cannot_learn_from_tracks(corpus, tmp_path):
     with pytest.raises(ValueError, match="trains the encoder alone"):
         recipe(corpus, tmp_path, trainable=["encoder", "projector"])
-
-
-def test_half_size_without_tracks_is_an_error(corpus, tmp_path):
-    with pytest.raises(ValueError, match=r"half_size_share is 0\.5"):
-        recipe(corpus, tmp_path, objective="answers", half_size_share=0.5)

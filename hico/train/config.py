@@ -41,8 +41,6 @@ class Recipe:
     """Rows to take of every dataset, after the dataset's own strategy."""
     objective: str = "answers"
     """What is learned: ``answers``; or ``tracks``, the encoder alone on what moves, see `hico.train.tracks`."""
-    half_size_share: float = 0.0
-    """Share of the batches of the objective ``tracks`` that are shown at half of ``image_size``, in [0, 1]."""
     trainable: list = field(default_factory=lambda: list(PARTS))
     """Parts that learn; the others are frozen."""
     part_learning_rates: dict = field(default_factory=dict)
@@ -102,10 +100,6 @@ class Recipe:
         if self.objective == "tracks" and self.trainable != ["encoder"]:
             raise ValueError(
                 f"objective 'tracks' trains the encoder alone; set trainable: [encoder], not {self.trainable}"
-            )
-        if not 0 <= self.half_size_share <= 1 or (self.half_size_share and self.objective != "tracks"):
-            raise ValueError(
-                f"half_size_share is {self.half_size_share:g}; use [0, 1], and 0 for objectives other than 'tracks'"
             )
         if frozen := set(self.part_learning_rates) - set(self.trainable):
             raise ValueError(f"part_learning_rates names {sorted(frozen)}, which `trainable` freezes")

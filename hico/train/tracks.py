@@ -32,14 +32,11 @@ class TrackModel(nn.Module):
     Args:
         encoder: learns.
         classes: label -> its values, such as ``{"shape": ["circle", "square"]}``.
-        half_size_share: share of the batches that are shown at half the resolution. The others then show a quarter of
-            their clips, so that they take as long.
     """
 
-    def __init__(self, encoder: VisionEncoder, classes: Mapping[str, Sequence[str]], *, half_size_share: float = 0.0):
+    def __init__(self, encoder: VisionEncoder, classes: Mapping[str, Sequence[str]]):
         super().__init__()
         self.encoder = encoder
-        self.half_size_share = half_size_share
         self.num_classes = [1 + len(values) for values in classes.values()]
         self.what = nn.Linear(encoder.hidden_size, sum(self.num_classes))
         self.where = nn.Linear(encoder.hidden_size, 4)
@@ -54,11 +51,6 @@ class TrackModel(nn.Module):
         """
         encoder = self.encoder
         pixels = normalize_pixels(clips, mean=encoder.image_mean, std=encoder.image_std)
-        if torch.rand(()) < self.half_size_share:
-            pixels = F.avg_pool2d(pixels.flatten(0, 1), 2).unflatten(0, pixels.shape[:2])
-        elif self.half_size_share:
-            some = slice(max(1, len(clips) // 4))
-            pixels, classes, boxes = pixels[some], classes[some], boxes[some]
         tokens_NLD = encoder(pixels)
         shown_NL = shown_patches(boxes, encoder.grid(pixels.shape[1], *pixels.shape[-2:]))
         weights = torch.where(shown_NL, 1.0, BACKGROUND_WEIGHT).flatten()
@@ -142,8 +134,7 @@ def pretrain_encoder(model: HicoForConditionalGeneration, args: TrainingArgument
         The folder of the trained model.
     """
     tracks = Tracks(rows, num_workers=args.dataloader_num_workers)
-    heads = TrackModel(model.model.encoder, tracks.classes, half_size_share=rows.recipe.half_size_share)
-    trainer = Trainer(heads, args, train_dataset=tracks)
+    trainer = Trainer(TrackModel(model.model.encoder, tracks.classes), args, train_dataset=tracks)
     trainer.train()
     output_dir = Path(args.output_dir)
     if args.should_save:
