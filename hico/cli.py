@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="hico", description="Hierarchical compression of long video.")
     parser.add_argument("--version", action="version", version=f"hico {hico.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for add in (_add_chat, _add_demo, _add_convert, _add_inspect, _add_merge_lora):
+    for add in (_add_chat, _add_demo, _add_convert, _add_inspect, _add_bench, _add_merge_lora):
         add(commands)
     args = parser.parse_args(argv)
     try:
@@ -71,6 +71,13 @@ def _add_inspect(commands) -> None:
     parser = commands.add_parser("inspect", help="say what a checkpoint is", description=about)
     parser.add_argument("checkpoint", help="a folder, or a file of weights")
     parser.set_defaults(run=_inspect)
+
+
+def _add_bench(commands) -> None:
+    from hico import bench
+
+    parser = commands.add_parser("bench", help="measure what a setting costs and saves")
+    bench.add_arguments(parser)
 
 
 def _add_merge_lora(commands) -> None:

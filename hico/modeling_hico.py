@@ -109,14 +109,18 @@ class HicoModel(HicoPreTrainedModel):
             options: ``positions``, ``queries``, ``scope`` and ``seed`` of `hico.llm_dropout.patch`.
 
         Raises:
-            ValueError: if the schedule or an option is not understood or does not fit the LLM.
+            ValueError: if the schedule or an option is not understood or does not fit the LLM; the old one stays.
         """
         parsed = DropSchedule.parse(schedule)
         before, self._drops = self._drops, None
         if before is not None:
             before.remove()
-        if parsed:
-            self._drops = patch(self.language_model, parsed, **options)
+        try:
+            self._drops = patch(self.language_model, parsed, **options) if parsed else None
+        except ValueError:
+            if before is not None:
+                self.set_drop_schedule(self.config.drop_schedule, **(self.config.drop_options or {}))
+            raise
         self.config.drop_schedule = str(parsed) if parsed else None
         self.config.drop_options = options or None
 

@@ -105,8 +105,12 @@ def test_chunked_prefill_is_refused_and_a_wrong_schedule_is_named(model):
     ids = prompt(1, "v", 2)[None]
     with pytest.raises(ValueError, match="prefill_chunk_size"):
         model.generate(ids, pixel_values_videos=pixels(1, 4, 3, 48, 48), prefill_chunk_size=8, max_new_tokens=2)
-    with pytest.raises(ValueError, match="beyond the decoder, whose 4 layers"):
-        model.set_drop_schedule("uniform@4:0.5")
+    for schedule, options in (("uniform@4:0.5", {}), ("uniform@1:0.5", {"positions": "both"}), ("unifrm@1:0.5", {})):
+        with pytest.raises(ValueError, match=r"beyond the decoder, whose 4 layers|unknown positions|did you mean"):
+            model.set_drop_schedule(schedule, **options)
+        assert model.config.drop_schedule == SCHEDULE
+        with torch.no_grad():
+            assert model(ids, pixel_values_videos=pixels(1, 4, 3, 48, 48)).logits.shape[1] == 2 + 4
     with pytest.raises(ValueError, match="beyond the decoder, whose 2 layers"):
         HicoConfig.preset("tiny", drop_schedule="uniform@2:0.5")
     assert (ids == VIDEO).sum() == 16
