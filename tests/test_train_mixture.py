@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hico.train.mixture import DatasetSpec, Mixture, read_mixture, select_rows
-from hico.train.records import Media, RowFile, Shard, ShardMember, parse_row
+from hico.train.records import Media, parse_row
+from hico.train.rowfiles import RowFile, Shard, ShardMember
 
 LLAVA = {
     "video": "a.mp4",

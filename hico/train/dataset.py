@@ -17,7 +17,8 @@ from hico.train.batching import Key
 from hico.train.config import Recipe
 from hico.train.decoding import SampleError, TimedReader
 from hico.train.mixture import MODALITIES, Mixture
-from hico.train.records import Media, Record, open_source
+from hico.train.records import Media, Record
+from hico.train.rowfiles import open_source
 from hico.video_io import Video, read_video
 
 

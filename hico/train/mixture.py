@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from hico.train.config import _nearest, read_yaml
-from hico.train.records import Record, RowFile, Shard, ShardMember, parse_row
+from hico.train.records import Record, parse_row
+from hico.train.rowfiles import RowFile, Shard, ShardMember
 from hico.video_io import READERS
 
 MODALITIES = ("text", "image", "video")

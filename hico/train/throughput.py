@@ -1,7 +1,7 @@
 """How fast and how well a run goes: losses per modality, tokens, frames, waiting for data, FLOPs utilisation."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ class Meter:
     def __init__(self, peak_tflops: float | None = None):
         self.peak_tflops = peak_tflops
         self.sums = torch.zeros(len(self.FIELDS), dtype=torch.float64)
+        self._pending: list[Tensor] = []
 
     def add(self, **values: float) -> None:
         """Add to sums by their names."""
@@ -71,20 +72,28 @@ class Meter:
             self.sums[self.FIELDS.index(name)] += value
 
     def add_losses(self, losses: Tensor, modality: Tensor) -> None:
-        """Add the losses ``(n,)`` of tokens whose rows have ``modality`` ``(n,)``."""
-        modality = modality.cpu().long()
-        self.sums[:3].index_add_(0, modality, losses.double().cpu())
-        self.sums[3:6].index_add_(0, modality, torch.ones_like(modality, dtype=torch.float64))
+        """Add the losses ``(n,)`` of tokens whose rows have ``modality`` ``(n,)``; the device does not wait for it."""
+        sums = torch.zeros(2, len(MODALITIES), device=losses.device)
+        sums[0].index_add_(0, modality, losses.float())
+        sums[1].index_add_(0, modality, torch.ones_like(losses, dtype=torch.float32))
+        self._pending.append(sums)
 
-    def report(self, reduce, world_size: int) -> dict[str, float]:
+    def add_up(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Return all sums over devices by their names, and begin anew."""
+        if self._pending:
+            self.sums[: 2 * len(MODALITIES)] += torch.stack(self._pending).cpu().double().sum(dim=0).flatten()
+        sums = dict(zip(self.FIELDS, reduce(self.sums).tolist(), strict=True))
+        self.sums, self._pending = torch.zeros_like(self.sums), []
+        return sums
+
+    def report(self, reduce: Callable[[Tensor], Tensor], world_size: int) -> dict[str, float]:
         """Return the figures since the last report, and begin anew.
 
         Args:
             reduce: sums a tensor over devices.
             world_size: number of devices.
         """
-        sums = dict(zip(self.FIELDS, reduce(self.sums).tolist(), strict=True))
-        self.sums = torch.zeros_like(self.sums)
+        sums = self.add_up(reduce)
         figures = losses_by_modality(sums)
         seconds = sums["seconds"] / world_size
         if seconds > 0:

@@ -1,8 +1,5 @@
 """`HicoTrainer`: `transformers.Trainer` with parts, an order of rows that can be resumed, and whole checkpoints."""
 
-import json
-import logging
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -13,18 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hico.train import checkpoint
 from hico.train.batching import BatchRule, BatchSampler, EpochLoader
 from hico.train.collator import Collator
 from hico.train.config import Recipe
-from hico.train.dataset import BadRow, TrainingRows
+from hico.train.dataset import TrainingRows
 from hico.train.parts import parameter_groups
+from hico.train.safeguards import AlignLogs, BadRows, StopOnSignal, outlive_sigterm
 from hico.train.throughput import FlopCounter, Meter, TokenLoss, losses_by_modality
-
-logger = logging.getLogger(__name__)
 
 
 class HicoTrainer(Trainer):
@@ -83,7 +79,7 @@ class HicoTrainer(Trainer):
             train_dataset=dataset,
             eval_dataset=eval_dataset,
             processing_class=dataset.processor,
-            callbacks=[self.stop_on_signal, _AlignLogs()],
+            callbacks=[self.stop_on_signal, AlignLogs()],
         )
         if args.world_size > 1 and (is_deepspeed_zero3_enabled() or self.is_fsdp_enabled):
             # Devices gather sharded weights together, so all must run the encoder equally often: once per batch for
@@ -194,6 +190,8 @@ class HicoTrainer(Trainer):
         super().log(logs, start_time)
 
     def _sum_over_devices(self, values: Tensor) -> Tensor:
+        if self.args.world_size == 1:
+            return values
         return self.accelerator.reduce(values.to(self.args.device), reduction="sum").cpu()
 
     @torch.no_grad()
@@ -211,7 +209,7 @@ class HicoTrainer(Trainer):
                 model(**batch, logits_to_keep=1)
             meter.add_losses(self.token_loss.last, modality[:, 1:][batch["labels"][:, 1:] != -100])
         model.train(was_training)
-        sums = dict(zip(meter.FIELDS, self._sum_over_devices(meter.sums).tolist(), strict=True))
+        sums = meter.add_up(self._sum_over_devices)
         losses, counts = (sum(value for key, value in sums.items() if key.startswith(k)) for k in ("loss_", "count_"))
         metrics = {f"{metric_key_prefix}_loss": losses / max(counts, 1)}
         metrics |= losses_by_modality(sums, f"{metric_key_prefix}_")
@@ -289,95 +287,6 @@ class HicoTrainer(Trainer):
         if self.args.should_save:
             checkpoint.publish(staged, output_dir / name, {**self.manifest, "step": self.state.global_step})
         self.accelerator.wait_for_everyone()
-
-
-class BadRows:
-    """Rows left out so far: logged once each, listed in a file, and too many of them stop the run.
-
-    Args:
-        output_dir: where the list ``bad_rows-<rank>.jsonl`` goes.
-        rank: of this device.
-        limit: share of the rows seen; it is held against 100 rows at least.
-    """
-
-    def __init__(self, output_dir: Path, rank: int, limit: float):
-        self.path, self.limit = output_dir / f"bad_rows-{rank}.jsonl", limit
-        self.num_seen = 0
-        self._listed: list[dict[str, Any]] = []
-
-    def resume(self, step: int) -> None:
-        """Forget rows that were left out after a checkpoint's step; they come again."""
-        if self.path.is_file():
-            entries = [json.loads(line) for line in self.path.read_text().splitlines()]
-            self._listed = [entry for entry in entries if entry["step"] < step]
-            self.num_seen = self._listed[-1]["seen"] if self._listed else 0
-            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in self._listed))
-
-    def add(self, rows: list[BadRow], step: int) -> None:
-        """Count rows left out at a step.
-
-        Raises:
-            RuntimeError: if they are too many.
-        """
-        for row in rows:
-            if row.where not in {entry["where"] for entry in self._listed}:
-                logger.warning("left out the row at %s: %s", row.where, row.reason)
-            self.num_seen += 1
-            self._listed.append({"step": step, "seen": self.num_seen, "where": row.where, "reason": row.reason})
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(json.dumps(self._listed[-1]) + "\n")
-        count, seen = len(self._listed), max(self.num_seen, 100)
-        if rows and count > self.limit * seen:
-            raise RuntimeError(
-                f"{count} of {self.num_seen} rows could not be read, more than max_bad_fraction {self.limit:g}; they "
-                f"are listed with their reasons in {self.path}. The last: {rows[-1].where}: {rows[-1].reason}"
-            )
-
-
-class StopOnSignal(TrainerCallback):
-    """On SIGTERM, finish the step, save a checkpoint and stop."""
-
-    def __init__(self):
-        self.received = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take note of the signal inside the block."""
-        previous = signal.signal(signal.SIGTERM, self._note)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if _on_any_device(self.received, args):
-            self.received = True
-            logger.warning("SIGTERM received: saving a checkpoint at step %d, then stopping", state.global_step)
-            control.should_save = control.should_training_stop = True
-
-    def _note(self, number, frame):
-        self.received = True
-
-
-class _AlignLogs(TrainerCallback):
-    """Report whenever a checkpoint is saved, so that a resumed run averages losses over the same steps."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_log |= control.should_save
-
-
-def _on_any_device(flag: bool, args: TrainingArguments) -> bool:
-    if args.world_size == 1:
-        return flag
-    flags = torch.tensor(int(flag), device=args.device)
-    torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-    return bool(flags)
-
-
-def outlive_sigterm(worker: int) -> None:
-    """Let a data worker finish the step that its parent finishes when both get SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
