@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hico.llm_dropout.schedule import DropSchedule
-
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from hico.llm_dropout import DropSchedule
 
 TABLE_7 = (
     "none",
@@ -152,7 +152,7 @@ def bench_drop(args: argparse.Namespace) -> tuple[dict[str, Any], list[Cost]]:
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     from hico.configuration_hico import HicoConfig
-    from hico.llm_dropout import patch
+    from hico.llm_dropout import DropSchedule, patch
     from hico.rotary import keep_rotary_in_float32
 
     if min(args.visual_tokens, args.text_tokens, args.new_tokens, args.repeats) < 1:

@@ -1,6 +1,8 @@
 """The command line, as a user meets it."""
 
 import io
+import subprocess
+import sys
 
 import pytest
 
@@ -84,3 +86,8 @@ def test_bad_input_is_one_line_on_standard_error(arguments, words, clip, capsys)
     assert error.startswith("hico chat: ")
     assert words in error
     assert "Traceback" not in error
+
+
+def test_help_waits_for_nothing_heavy():
+    code = "import sys, hico.cli\ntry: hico.cli.main(['--help'])\nexcept SystemExit: assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
