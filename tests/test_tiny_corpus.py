@@ -18,7 +18,7 @@ from hico.train.mixture import read_mixture
 from hico.video_io import read_video
 
 RECIPE = Path(__file__).parents[1] / "train" / "tiny" / "all.yaml"
-TRAINING = ("text", "tracks", "clip_captions", "pair_captions", "short", "images", "long")
+TRAINING = ("text", "tracks", "clip_captions", "pair_captions", "short", "counts", "long")
 
 
 @pytest.fixture(scope="module")

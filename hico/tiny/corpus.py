@@ -96,8 +96,8 @@ def write_corpus(folder: str | Path, size: CorpusSize = CorpusSize(), *, seed: i
     for name, make, members in (
         ("clip_captions", caption_row, ("clip", "count", "image")),
         ("pair_captions", caption_row, ("pair",)),
-        ("short", question_row, ("clip", "count", "pair")),
-        ("images", question_row, ("image",)),
+        ("short", question_row, ("clip", "pair")),
+        ("counts", question_row, ("count", "image")),
         ("long", question_row, ("long",)),
     ):
         _write_rows(folder / f"{name}.jsonl", (make(rng, *item) for kind in members for item in stories[kind]))
@@ -119,8 +119,8 @@ def caption_row(rng: np.random.Generator, path: str, story: Story) -> dict[str, 
 
 
 def question_row(rng: np.random.Generator, path: str, story: Story) -> dict[str, Any]:
-    """Return a LLaVA row that asks up to three of the questions, in random order."""
-    return _row(path, story, [story.questions[n] for n in rng.permutation(len(story.questions))[:3]])
+    """Return a LLaVA row that asks up to four of the questions, in random order."""
+    return _row(path, story, [story.questions[n] for n in rng.permutation(len(story.questions))[:4]])
 
 
 def exam_rows(path: str, story: Story) -> Iterator[dict[str, Any]]:
