@@ -49,6 +49,13 @@ def test_a_stuck_decoder_is_killed_on_time_and_replaced(reader):
     assert reader(3).tolist() == [7, 7, 7]
 
 
+def test_a_signal_to_the_group_does_not_end_the_child(reader):
+    child = reader("pid")
+    os.kill(child, signal.SIGTERM)
+    os.kill(child, signal.SIGINT)
+    assert reader("pid") == child
+
+
 def test_a_crash_is_an_error_of_that_row_alone(reader):
     with pytest.raises(SampleError, match=r"the decoder crashed \(SIGSEGV\)"):
         reader("crash")

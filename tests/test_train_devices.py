@@ -112,12 +112,25 @@ def test_two_processes_with_ddp_and_a_last_step_that_one_of_them_misses(folder):
     assert_same(launch(folder, "odd2", processes=2, **changes), expected)
 
 
+def test_two_processes_with_packed_rows(folder):
+    changes = {"packing": True, "max_tokens_per_batch": 2048, "max_length": 512, "group_by_length": True}
+    expected = launch(folder, "packed1", processes=1, gradient_accumulation_steps=2, **changes)
+    assert_same(launch(folder, "packed2", processes=2, **changes), expected)
+
+
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_two_processes_with_zero(folder, alone, stage):
     settings = zero(stage)
     found = launch(folder, f"zero{stage}", processes=2, per_device_train_batch_size=2, deepspeed=settings)
     assert_same(found, alone)
+
+
+@needs_deepspeed
+def test_zero_in_half_precision_follows_single_precision(folder, alone):
+    changes = {"per_device_train_batch_size": 2, "bf16": True, "gradient_checkpointing": True, "deepspeed": zero(1)}
+    found = launch(folder, "half", processes=2, **changes)
+    assert found["losses"] == pytest.approx(alone["losses"], rel=0.02)
 
 
 @needs_deepspeed

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import yaml
 from train_corpus import make, write_corpus
 
 from hico.train.checkpoint import STAGING, checkpoints, is_complete
+from hico.train.run import STOPPED
 
 NUM_KILLS = 12
 NUM_STEPS = 40
@@ -37,7 +39,7 @@ def command(folder, name):
 
 
 def start(words):
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "start_new_session": True}
     return subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, **quiet)
 
 
@@ -94,6 +96,25 @@ def test_a_run_killed_many_times_ends_like_one_that_was_not(tmp_path):
     assert is_complete(output_dir / "final")
     one, other = (Path(tmp_path / name / "final/model.safetensors").read_bytes() for name in ("whole", "killed"))
     assert one == other
+
+
+def test_sigterm_to_the_whole_group_ends_in_a_checkpoint(tmp_path):
+    write_corpus(tmp_path)
+    longer = ["--max_steps", "300", "--save_steps", "1000"]
+    assert start([*command(tmp_path, "whole"), *longer]).wait(timeout=300) == 0
+    output_dir = tmp_path / "stopped"
+    for _ in range(3):
+        before = newest(output_dir)
+        process = start([*command(tmp_path, "stopped"), *longer])
+        # A worker and its decoder: training has begun.
+        assert wait_for(lambda process=process: len(children(process.pid)) >= 2, process)
+        time.sleep(0.3)
+        os.killpg(process.pid, signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == STOPPED, errors[-3000:]
+        assert 300 > newest(output_dir) > before
+    assert start([*command(tmp_path, "stopped"), *longer]).wait(timeout=300) == 0
+    assert losses(output_dir) == losses(tmp_path / "whole")
 
 
 def test_killing_a_run_leaves_no_process_behind(tmp_path):

@@ -82,9 +82,10 @@ class TimedReader:
 
     def _serve(self, connection) -> None:
         torch.set_num_threads(1)
-        for number in (signal.SIGALRM, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        # A signal to the whole group means the parent: it may still finish a step. The end of the pipe means us.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         while True:
             try:
                 request = pickle.loads(connection.recv_bytes())
