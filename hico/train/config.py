@@ -96,7 +96,7 @@ class Recipe:
         for key, parts in (("trainable", self.trainable), ("part_learning_rates", self.part_learning_rates)):
             for part in parts:
                 if part not in PARTS:
-                    raise ValueError(f"{key} names {part!r}{_nearest(part, PARTS)}")
+                    raise ValueError(f"{key} names {part!r}{nearest_hint(part, PARTS)}")
         if self.objective == "tracks" and self.trainable != ["encoder"]:
             raise ValueError(
                 f"objective 'tracks' trains the encoder alone; set trainable: [encoder], not {self.trainable}"
@@ -213,14 +213,14 @@ def make_recipe(settings: Mapping[str, Any], *, defaults: Mapping[str, Any] | No
     preset = settings.pop("extends", None)
     if preset is not None:
         if preset not in STAGES:
-            raise ValueError(f"extends names {preset!r}{_nearest(preset, STAGES)}")
+            raise ValueError(f"extends names {preset!r}{nearest_hint(preset, STAGES)}")
         settings = {"name": preset, **STAGES[preset], **settings}
     own = {known.name for known in fields(Recipe)} - {"arguments"}
     theirs = {known.name for known in fields(TrainingArguments)} - own
     for key in settings:
         if key not in own | theirs:
             raise ValueError(
-                f"unknown recipe key {key!r}{_nearest(key, sorted(own | theirs | {'extends', 'stages'}))}"
+                f"unknown recipe key {key!r}{nearest_hint(key, sorted(own | theirs | {'extends', 'stages'}))}"
             )
     missing = [key for key in ("name", "model", "output_dir", "data") if settings.get(key) is None]
     if missing:
@@ -312,7 +312,8 @@ def _beside(path: Path, name: str) -> Path:
     return beside if beside.exists() else Path(name)
 
 
-def _nearest(word: object, known: typing.Iterable[str]) -> str:
+def nearest_hint(word: object, known: typing.Iterable[str]) -> str:
+    """Return how an error about an unknown word goes on: the nearest known one, or else all of them."""
     known = list(known)
     nearest = get_close_matches(str(word), known, n=1, cutoff=0.5)
     return f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(known)}"

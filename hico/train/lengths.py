@@ -3,6 +3,7 @@
 import numpy as np
 
 from hico.processing_hico import IMAGE_GRIDS, HicoProcessor
+from hico.prompt import time_message
 from hico.train.config import Recipe
 from hico.train.mixture import Mixture
 
@@ -14,8 +15,8 @@ def estimate_lengths(mixture: Mixture, processor: HicoProcessor, recipe: Recipe)
     """Estimate the tokens of every row.
 
     Videos whose rows give ``start`` and ``end`` or a ``duration`` count the frames that dynamic sampling takes;
-    others count ``max_frames``. Tiled images count a typical grid. Text counts its bytes by a rate measured on
-    some rows.
+    others count ``max_frames``. Tiled images count a typical grid. Text counts by its bytes, as fitted to some rows,
+    and by the sentence about each video.
 
     Returns:
         ``(n,)`` int64, at most ``max_length``.
@@ -32,13 +33,17 @@ def estimate_lengths(mixture: Mixture, processor: HicoProcessor, recipe: Recipe)
     # num_images is 0 for most rows, and the encoder may not take single frames: ask only if there are images.
     if mixture.num_images.any():
         visual += mixture.num_images * vision.num_image_tokens(grid)
-    text = mixture.text_bytes * _tokens_per_byte(mixture, processor)
-    return np.minimum(np.ceil(visual + text), recipe.max_length).astype(np.int64)
+    sentence = time_message(recipe.time_message, duration=100, seconds=range(recipe.max_frames))
+    visual += mixture.num_videos * len(processor.tokenizer(sentence)["input_ids"])
+    per_row, per_byte = _fit_text(mixture, processor)
+    return np.clip(np.ceil(visual + per_row + per_byte * mixture.text_bytes), 1, recipe.max_length).astype(np.int64)
 
 
-def _tokens_per_byte(mixture: Mixture, processor: HicoProcessor, num_rows: int = 64) -> float:
-    """Measure how many tokens a byte of a row's text makes, its turns' headers included."""
+def _fit_text(mixture: Mixture, processor: HicoProcessor, num_rows: int = 64) -> tuple[float, float]:
+    """Fit the tokens of a row's text, the headers of its turns included: so many per row and per byte."""
     chosen = np.linspace(0, len(mixture) - 1, min(num_rows, len(mixture))).astype(int)
     texts = [processor.apply_chat_template(mixture.record(index).messages) for index in chosen.tolist()]
-    tokens = sum(len(ids) for ids in processor.tokenizer(texts)["input_ids"])
-    return tokens / max(1, int(mixture.text_bytes[chosen].sum()))
+    tokens = np.array([len(ids) for ids in processor.tokenizer(texts)["input_ids"]], dtype=np.float64)
+    columns = np.stack([np.ones(len(chosen)), mixture.text_bytes[chosen]], axis=1)
+    per_row, per_byte = np.linalg.lstsq(columns, tokens, rcond=None)[0]
+    return float(per_row), float(per_byte)

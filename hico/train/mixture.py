@@ -1,6 +1,7 @@
 """Mixtures: which rows of which files are trained on."""
 
 import glob
+import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hico.train.config import _nearest, read_yaml
+from hico.train.config import nearest_hint, read_yaml
 from hico.train.records import Record, parse_row
 from hico.train.rowfiles import RowFile, Shard, ShardMember
 from hico.video_io import READERS
@@ -129,7 +130,11 @@ class Mixture:
         return self.datasets[int(self.rows[index, 0])].spec
 
     def manifest(self) -> dict[str, Any]:
-        """Describe what is trained on, so that a checkpoint can say it: files with sha256, rows taken, seed."""
+        """Describe what is trained on, so that a checkpoint can say it: files with sha256, rows taken, seed.
+
+        Which rows were taken is told by strategy and seed, and checked by the digest of their numbers (int64, little
+        end first).
+        """
         return {
             "seed": self.seed,
             "datasets": [
@@ -138,7 +143,7 @@ class Mixture:
                     "files": [{"path": f.path, "sha256": f.sha256, "rows": len(f)} for f in dataset.files],
                     "sampling_strategy": dataset.spec.sampling_strategy,
                     "rows_taken": len(rows),
-                    "rows": _ranges(rows),
+                    "rows_sha256": hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest(),
                 }
                 for dataset, rows in zip(self.datasets, self.taken, strict=True)
             ],
@@ -205,7 +210,7 @@ def read_mixture(data: str | list, **options: Any) -> Mixture:
     for entry in entries:
         for key in entry:
             if key not in known:
-                raise ValueError(f"{data}: unknown dataset key {key!r}{_nearest(key, known)}")
+                raise ValueError(f"{data}: unknown dataset key {key!r}{nearest_hint(key, known)}")
         if "json_path" not in entry:
             raise ValueError(f"{data}: the dataset {entry} has no json_path")
         located = {key: _locate(entry[key], folder) for key in ("json_path", "data_root") if entry.get(key)}
@@ -279,11 +284,3 @@ def _locate(name: str, folder: Path) -> str:
 def _seconds(record: Record) -> float:
     clips = [media.end - media.start for media in record.media if media.start is not None and media.end is not None]
     return sum(clips) if clips else math.nan if record.duration is None else record.duration
-
-
-def _ranges(rows: np.ndarray) -> list[list[int]]:
-    """Write increasing numbers as ``[first, last]`` runs."""
-    if not len(rows):
-        return []
-    runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
-    return [[int(run[0]), int(run[-1])] for run in runs]
