@@ -119,8 +119,8 @@ def caption_row(rng: np.random.Generator, path: str, story: Story) -> dict[str, 
 
 
 def question_row(rng: np.random.Generator, path: str, story: Story) -> dict[str, Any]:
-    """Return a LLaVA row that asks up to four of the questions, in random order."""
-    return _row(path, story, [story.questions[n] for n in rng.permutation(len(story.questions))[:4]])
+    """Return a LLaVA row that asks all questions, in random order."""
+    return _row(path, story, [story.questions[n] for n in rng.permutation(len(story.questions))])
 
 
 def exam_rows(path: str, story: Story) -> Iterator[dict[str, Any]]:

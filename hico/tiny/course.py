@@ -18,7 +18,7 @@ from hico.tiny.exam import Answered, accuracy, chance, read_exam, sit_blank_exam
 from hico.tiny.model import write_untrained
 from hico.tiny.pictures import draw_answers, draw_losses
 from hico.tiny.stories import Story
-from hico.train.config import Recipe, load_recipes
+from hico.train.config import PARTS, Recipe, load_recipes
 from hico.train.run import run_stage
 
 RECIPE = Path(__file__).parents[2] / "train" / "tiny" / "all.yaml"
@@ -75,13 +75,16 @@ def run_course(
     print(f"corpus: {videos:,} videos and {images:,} pictures in {folder}, {time.perf_counter() - started:.0f} s")
     os.environ["TINY"] = str(folder)
     recipes = load_recipes(recipe, {"disable_tqdm": not sys.stderr.isatty(), **(overrides or {})})
-    print(TABLE_HEAD, flush=True)
+    print("\nheld-out questions answered right, with the videos and with blank frames in their place".rjust(118))
+    exams = [*TARGETS, *(f"blank {exam}" for exam in TARGETS)]
+    print(_line("stage", "learns", "frames", "px", "steps", "s", "loss", *exams), flush=True)
     reports = [_train_and_examine(stage, folder) for stage in recipes]
     last = reports[-1]
     draw_losses(folder / "losses.png", {report.recipe.name: report.curve for report in reports})
     draw_answers(folder / "answers.png", _some_of_each(last.seen), folder=folder)
     guessed = {exam: chance(results) for exam, results in last.seen.items()}
-    print(f"guessing     {guessed['short']:6.1%} {guessed['long']:6.1%}".rjust(len(TABLE_HEAD.splitlines()[-1])))
+    shares = [f"{share:.1%}" for share in guessed.values()]
+    print(_line("guessing", *[""] * 6, *shares, *shares))
     print(f"\n{folder / 'losses.png'}, {folder / 'answers.png'}; {time.perf_counter() - started:.0f} s in all")
     has_learned = all(
         accuracy(last.seen[exam]) >= TARGETS[exam] and accuracy(last.blank[exam]) <= guessed[exam] + MAX_LUCK
@@ -94,10 +97,10 @@ def run_course(
     return Path(last.recipe.output_dir) / "final", has_learned
 
 
-TABLE_HEAD = (
-    "\n                                                                 held-out questions answered right\n"
-    "stage           learns                     frames  px  steps     s   loss    short   long   blank frames"
-)
+def _line(*cells: object) -> str:
+    """Format a line of the table: what was trained and how, then shares of right answers."""
+    widths = (-14, -30, 6, 3, 5, 4, 6, 7, 7, 12, 11)
+    return " ".join(f"{cell:<{-w}}" if w < 0 else f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True))
 
 
 def _train_and_examine(recipe: Recipe, folder: Path) -> Report:
@@ -127,12 +130,16 @@ def _train_and_examine(recipe: Recipe, folder: Path) -> Report:
 def _table_row(report: Report) -> str:
     recipe = report.recipe
     frames = f"{recipe.min_frames}-{recipe.max_frames}" if recipe.min_frames < recipe.max_frames else recipe.max_frames
-    learns = "all" if len(recipe.trainable) == 4 else ", ".join(recipe.trainable)
     steps, loss = report.curve[-1]
-    seen, blank = ([f"{accuracy(results[exam]):6.1%}" for exam in TARGETS] for results in (report.seen, report.blank))
-    return (
-        f"{recipe.name:<15} {learns:<26} {frames:>6} {recipe.image_size:>3} {steps:>6} {report.seconds:>5.0f} "
-        f"{loss:>6.3f}   {seen[0]} {seen[1]}   {blank[0]} {blank[1]}"
+    return _line(
+        recipe.name,
+        "all" if len(recipe.trainable) == len(PARTS) else ", ".join(recipe.trainable),
+        "-" if recipe.trainable == ["llm"] else frames,
+        recipe.image_size,
+        steps,
+        f"{report.seconds:.0f}",
+        f"{loss:.3f}",
+        *(f"{accuracy(results[exam]):.1%}" for results in (report.seen, report.blank) for exam in TARGETS),
     )
 
 
