@@ -75,7 +75,8 @@ def run_course(
     print(f"corpus: {videos:,} videos and {images:,} pictures in {folder}, {time.perf_counter() - started:.0f} s")
     os.environ["TINY"] = str(folder)
     recipes = load_recipes(recipe, {"disable_tqdm": not sys.stderr.isatty(), **(overrides or {})})
-    print("\nheld-out questions answered right, with the videos and with blank frames in their place".rjust(118))
+    title = "held-out questions answered right, with the videos and with blank frames in their place"
+    print("\n" + title.rjust(len(_line(*[""] * 11))))
     exams = [*TARGETS, *(f"blank {exam}" for exam in TARGETS)]
     print(_line("stage", "learns", "frames", "px", "steps", "s", "loss", *exams), flush=True)
     reports = [_train_and_examine(stage, folder) for stage in recipes]
