@@ -83,16 +83,17 @@ def holds_less(cache: Cache | None) -> bool:
     return cache is not None and any(getattr(layer, "held", None) is not None for layer in cache.layers)
 
 
-def check_cache(cache: Cache, stage_layers: Collection[int]) -> None:
+def check_cache(cache: Cache, stage_layers: Collection[int], num_layers: int) -> None:
     """Check that a cache can go on with a schedule.
 
     Args:
         cache: empty or filled.
         stage_layers: layers at which the schedule drops.
+        num_layers: of the decoder.
 
     Raises:
         ValueError: if the layers of the cache cannot differ in length.
-        RuntimeError: if it was filled with another schedule.
+        RuntimeError: if it was filled with another schedule, or by a call that failed half way.
     """
     for index, layer in enumerate(cache.layers):
         if type(layer) not in SHORT_LAYERS:
@@ -105,17 +106,30 @@ def check_cache(cache: Cache, stage_layers: Collection[int]) -> None:
                 f"tokens were dropped at layer {index} when the cache was filled, and this schedule drops none there; "
                 "continue a cache with the schedule that filled it"
             )
+    for index in set(range(1, num_layers)) - set(stage_layers):
+        before, length = (cache.get_seq_length(layer) for layer in (index - 1, index))
+        if length != before:
+            raise RuntimeError(
+                f"layer {index} of the cache holds {length} tokens and layer {index - 1} holds {before}; the call "
+                "that filled it failed half way: start a new cache"
+            )
 
 
 def read_held(cache: Cache, layer_index: int) -> Held | None:
     """Return what a layer holds of the tokens seen so far, or None if it holds them all.
 
     Raises:
-        RuntimeError: if the layer's length does not fit, as after a call that failed half way.
+        RuntimeError: if the layer's length does not fit, as after a call that failed half way, or the cache was cut
+            back into a call that dropped tokens.
     """
     num_seen = cache.get_seq_length()
     length = cache.get_seq_length(layer_index)
     held = getattr(cache.layers[layer_index], "held", None) if layer_index < len(cache.layers) else None
+    if held is not None and num_seen < held.num_seen:
+        raise RuntimeError(
+            f"the cache was cut back to {num_seen} tokens, into the {held.num_seen} of a call that dropped some at "
+            f"layer {layer_index}; cut off later tokens only, or start a new cache"
+        )
     expected = num_seen if held is None else held.columns_BM.shape[1] + num_seen - held.num_seen
     if length != expected:
         raise RuntimeError(

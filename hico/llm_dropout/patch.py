@@ -269,7 +269,7 @@ def add_visual_mask(model_inputs: dict[str, Any], visual_mask: Tensor | None, *,
         is_prefill: whether this is the first step.
 
     Raises:
-        ValueError: if the prefill is cut into chunks, which would drop other tokens than a whole one.
+        ValueError: if the prefill is cut into chunks, or holds guesses at the answer: either would drop other tokens.
     """
     if visual_mask is None:
         return model_inputs
@@ -286,7 +286,8 @@ def add_visual_mask(model_inputs: dict[str, Any], visual_mask: Tensor | None, *,
         return {**model_inputs, "visual_mask": visual_mask[:, -length:]}
     if num_seen < visual_mask.shape[1]:
         raise ValueError(
-            f"visual_mask has {visual_mask.shape[1]} tokens, but the prefill starts with {length}; chunks would drop "
-            "other tokens than a whole prefill, so leave prefill_chunk_size unset"
+            f"visual_mask has {visual_mask.shape[1]} tokens, and a call of generation has {length} after {num_seen}; "
+            "chunks of the prompt, or guesses after it, would drop other tokens, so leave prefill_chunk_size, "
+            "prompt_lookup_num_tokens and assistant_model unset"
         )
     return model_inputs

@@ -106,7 +106,7 @@ class DropPlan:
         self._held: list[Held | None] = [None] * len(rules.schedule.stages)
         if cache is not None:
             stage_layers = [stage.layer for stage in rules.schedule.stages]
-            check_cache(cache, stage_layers)
+            check_cache(cache, stage_layers, len(decoder.layers))
             self._held = [read_held(cache, layer) for layer in stage_layers]
         self._attention_mask = self._check_mask(attention_mask)
         self._survivors = None if visual_mask is None else self._find_survivors(visual_mask)
@@ -178,7 +178,13 @@ class DropPlan:
             hidden_states = gather_rows(hidden_states, segment.gather_BN)
         if segment.is_whole:
             return hidden_states, kwargs
-        slides = self._window(index) is not None
+        window = self._window(index)
+        slides = window is not None
+        if slides and self._num_seen and self._is_padded and window < self._num_seen + self._length:
+            raise ValueError(
+                f"rows that keep different numbers of tokens would be padded after what the cache holds, and the "
+                f"sliding window of {window} of layer {index} would count the padding; give every row alone"
+            )
         if slides not in segment.masks:
             segment.masks[slides] = (create_sliding_window_causal_mask if slides else create_causal_mask)(
                 config=self._decoder.config,
@@ -352,7 +358,7 @@ class DropPlan:
 
     @property
     def _is_padded(self) -> bool:
-        return len(set(self._survivors.num_alive)) > 1
+        return self._survivors is not None and len(set(self._survivors.num_alive)) > 1
 
     # Facts
 

@@ -1,6 +1,7 @@
 """Attention scores of one decoder layer, from its own weights and a few query rows."""
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,8 @@ def score_tokens(
 ) -> Tensor:
     """Score the tokens that enter a decoder layer by the attention of its query rows.
 
+    Dropout inside the projections, as of an adapter in training, takes nothing from the streams of chance.
+
     Args:
         layer: the layer, whose input norm, query and key projections and rotary embedding are used.
         hidden_states: ``(B, N, E)`` entering it.
@@ -60,12 +63,12 @@ def score_tokens(
     device = attention.k_proj.weight.device  # a model spread over devices moves its inputs only inside `forward`
     cos, sin = (part.to(device) for part in position_embeddings)
     query_index_BQ = query_index_BQ.to(device)
-    tokens = layer.input_layernorm(hidden_states.to(device))
-
-    queries = attention.q_proj(gather_rows(tokens, query_index_BQ)).unflatten(-1, (-1, attention.head_dim))
-    keys = attention.k_proj(tokens).unflatten(-1, (-1, attention.head_dim))
-    queries = getattr(attention, "q_norm", nn.Identity())(queries).transpose(1, 2)
-    keys = getattr(attention, "k_norm", nn.Identity())(keys).transpose(1, 2)
+    with _restored_chance(device) if layer.training else nullcontext():
+        tokens = layer.input_layernorm(hidden_states.to(device))
+        queries = attention.q_proj(gather_rows(tokens, query_index_BQ)).unflatten(-1, (-1, attention.head_dim))
+        keys = attention.k_proj(tokens).unflatten(-1, (-1, attention.head_dim))
+        queries = getattr(attention, "q_norm", nn.Identity())(queries).transpose(1, 2)
+        keys = getattr(attention, "k_norm", nn.Identity())(keys).transpose(1, 2)
     # The model's own function rotates a pair of equal length; the other half of each pair is one head, thrown away.
     queries, _ = rotate(queries, queries[:, :1], gather_rows(cos, query_index_BQ), gather_rows(sin, query_index_BQ))
     _, keys = rotate(keys[:, :1], keys, cos, sin)
@@ -84,3 +87,10 @@ def score_tokens(
         window=window,
     )
     return scores[:, num_past:].to(hidden_states.device)
+
+
+def _restored_chance(device: torch.device) -> AbstractContextManager:
+    """Set chance back on leaving, or a checkpointed layer, which is not scored again, would repeat other dropout."""
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)
