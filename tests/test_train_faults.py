@@ -145,3 +145,25 @@ def is_zombie(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:
         return True
+
+
+FAILING = """
+import sys
+from hico.train.__main__ import main
+from hico.train.trainer import HicoTrainer
+
+def fail(*args, **kwargs):
+    raise RuntimeError("out of luck")
+
+HicoTrainer.compute_loss = fail
+main(sys.argv[1:])
+"""
+
+
+def test_a_failing_run_ends_though_its_workers_outlive_a_signal(tmp_path):
+    write_corpus(tmp_path)
+    arguments = command(tmp_path, "failing")[3:]
+    process = start([sys.executable, "-c", FAILING, *arguments])
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert error.rstrip().endswith("RuntimeError: out of luck")

@@ -5,6 +5,7 @@ import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -101,5 +102,20 @@ def _on_any_device(flag: bool, args: TrainingArguments) -> bool:
 
 
 def outlive_sigterm(worker: int) -> None:
-    """Let a data worker finish the step that its parent finishes when both get SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Let a data worker finish the step that its parent finishes when both get SIGTERM; the second one ends it."""
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+@contextmanager
+def workers_end_with_training() -> Iterator[None]:
+    """Where training fails in the block, use up the SIGTERM that its data workers outlive.
+
+    Python sends its children one on exit and then waits for them, so the process would stay for ever.
+    """
+    others = set(active_children())
+    try:
+        yield
+    except BaseException:
+        for worker in set(active_children()) - others:
+            worker.terminate()
+        raise

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from hico.prompt import IGNORE_INDEX
 from hico.train import checkpoint
 from hico.train.batching import BatchRule, BatchSampler, EpochLoader
 from hico.train.collator import Collator
 from hico.train.config import Recipe
 from hico.train.dataset import TrainingRows
 from hico.train.parts import parameter_groups
-from hico.train.safeguards import AlignLogs, BadRows, StopOnSignal, outlive_sigterm
+from hico.train.safeguards import AlignLogs, BadRows, StopOnSignal, outlive_sigterm, workers_end_with_training
 from hico.train.throughput import FlopCounter, Meter, TokenLoss, losses_by_modality
 
 
@@ -94,7 +95,7 @@ class HicoTrainer(Trainer):
     def train(self, *args, **kwargs):
         """Train; see `transformers.Trainer.train`."""
         self._since = time.perf_counter()
-        with self.stop_on_signal.listening():
+        with self.stop_on_signal.listening(), workers_end_with_training():
             return super().train(*args, **kwargs)
 
     # Data ---------------------------------------------------------------------------------------------------------
@@ -144,15 +145,23 @@ class HicoTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Take the batches of one step from the loader, and note how long that took."""
-        start = time.perf_counter()
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.meter.add(wait=time.perf_counter() - start)
+        batches, num_items = super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
         for batch in batches:
             left_out = batch.pop("bad_rows")
             self._count(batch)
             self.bad_rows.add(left_out, self.state.global_step)
             self.meter.add(bad_rows=len(left_out))
         return batches, num_items
+
+    def _timed(self, batches: Iterator) -> Iterator:
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.meter.add(wait=time.perf_counter() - start)
+            yield batch
 
     def _count(self, batch: Mapping[str, Tensor]) -> None:
         rows = row_sizes(batch, self._visual_ids)
@@ -163,7 +172,7 @@ class HicoTrainer(Trainer):
             rows=len(rows), tokens=sum(length for length, _ in rows), frames=clips[0] * clips[1] + num_tiles
         )
         if self.flops:
-            learned = int((batch["labels"] != -100).sum())
+            learned = int((batch["labels"] != IGNORE_INDEX).sum())
             self.meter.add(flops=self.flops(rows, num_clips=clips[0], num_tiles=num_tiles, num_learned=learned))
 
     # Loss ---------------------------------------------------------------------------------------------------------
@@ -172,7 +181,7 @@ class HicoTrainer(Trainer):
         """Return the loss, and add the tokens' losses to those of their modality."""
         modality = inputs.pop("modality")
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        learned = inputs["labels"][:, 1:] != -100
+        learned = inputs["labels"][:, 1:] != IGNORE_INDEX
         self.meter.add_losses(self.token_loss.last, modality[:, 1:][learned])
         return result
 
@@ -207,7 +216,7 @@ class HicoTrainer(Trainer):
             self.bad_rows.add(left_out, self.state.global_step)
             with self.compute_loss_context_manager():
                 model(**batch, logits_to_keep=1)
-            meter.add_losses(self.token_loss.last, modality[:, 1:][batch["labels"][:, 1:] != -100])
+            meter.add_losses(self.token_loss.last, modality[:, 1:][batch["labels"][:, 1:] != IGNORE_INDEX])
         model.train(was_training)
         sums = meter.add_up(self._sum_over_devices)
         losses, counts = (sum(value for key, value in sums.items() if key.startswith(k)) for k in ("loss_", "count_"))
