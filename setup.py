@@ -30,7 +30,7 @@ EXTRAS = {
     "timm": ["timm>=1.0"],
     "peft": ["peft>=0.15"],
     "liger": ["liger-kernel>=0.5"],
-    "dev": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.9", "import-linter>=2.1"],
+    "dev": ["peft>=0.15", "pytest>=8.0", "hypothesis>=6.100", "ruff>=0.9", "import-linter>=2.1"],
 }
 # flash-attn compiles from source against an installed torch, so it is asked for by name only.
 EXTRAS["all"] = sorted(
