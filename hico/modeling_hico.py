@@ -18,7 +18,7 @@ from transformers.utils import can_return_tuple
 from hico.configuration_hico import HicoConfig, build_compressor
 from hico.generation import VisualGenerationMixin, refuse_without_prompt
 from hico.grids import mosaic_order
-from hico.llm_dropout import DropHandle, DropSchedule, patch
+from hico.llm_dropout import DropHandle, DropSchedule, find_handle, patch
 from hico.preprocessing import normalize_pixels
 from hico.projector import MLPProjector
 from hico.prompt import IGNORE_INDEX
@@ -110,6 +110,7 @@ class HicoModel(HicoPreTrainedModel):
 
         Raises:
             ValueError: if the schedule or an option is not understood or does not fit the LLM; the old one stays.
+            TypeError: if there is no such option; the old one stays, too.
         """
         parsed = DropSchedule.parse(schedule)
         before, self._drops = self._drops, None
@@ -117,7 +118,7 @@ class HicoModel(HicoPreTrainedModel):
             before.remove()
         try:
             self._drops = patch(self.language_model, parsed, **options) if parsed else None
-        except ValueError:
+        except (TypeError, ValueError):
             if before is not None:
                 self.set_drop_schedule(self.config.drop_schedule, **(self.config.drop_options or {}))
             raise
@@ -126,8 +127,8 @@ class HicoModel(HicoPreTrainedModel):
 
     @property
     def drops_tokens(self) -> bool:
-        """Whether a drop schedule is in force."""
-        return self._drops is not None
+        """Whether a drop schedule is in force, by `set_drop_schedule` or by `hico.llm_dropout.patch`."""
+        return self._drops is not None or find_handle(self.language_model) is not None
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -316,7 +317,7 @@ class HicoModel(HicoPreTrainedModel):
             inputs_embeds, visual_mask = self.embed(input_ids, **visuals)
         else:
             refuse_without_prompt(visuals)
-        if self._drops is not None:
+        if self.drops_tokens:
             kwargs |= {"visual_mask": visual_mask, "labels": labels}
         return self.language_model(
             inputs_embeds=inputs_embeds,
@@ -403,7 +404,7 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, VisualGenerationMixin):
         hidden_BSE = outputs.last_hidden_state
         logits = loss = None
         if labels is None or logits_to_keep is not None or not self.training:
-            keep = logits_to_keep or 0
+            keep = 0 if logits_to_keep is None else logits_to_keep
             logits = self.lm_head(hidden_BSE[:, slice(-keep, None) if isinstance(keep, int) else keep])
         if labels is not None:
             plan = getattr(outputs, "drop_plan", None)

@@ -7,6 +7,7 @@ import torch
 from test_modeling_hico import CLOSE, VIDEO, flat, left_pad, mixed_batch, pixels, prompt, visual_inputs
 
 from hico import HicoConfig, HicoForConditionalGeneration
+from hico.llm_dropout import patch
 
 SCHEDULE = "uniform@1:0.75,attention@3:0.25"
 
@@ -120,3 +121,34 @@ def test_rotary_frequencies_stay_float32():
     model = HicoForConditionalGeneration(HicoConfig.preset("tiny")).to(torch.bfloat16)
     assert model.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
     assert model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_patching_the_whole_model_is_setting_its_schedule(plain):
+    ids, inputs = prompt(1, "v", 2)[None], {"pixel_values_videos": pixels(1, 4, 3, 48, 48)}
+    with torch.no_grad():
+        plain.set_drop_schedule(SCHEDULE)
+        expected, tokens = plain(ids, **inputs).logits, plain.generate(ids, **inputs, max_new_tokens=4)
+        plain.set_drop_schedule(None)
+        with patch(plain, SCHEDULE):
+            assert torch.equal(plain(ids, **inputs).logits, expected)
+            cached = plain.generate(ids, **inputs, max_new_tokens=4, return_dict_in_generate=True)
+        assert torch.equal(cached.sequences, tokens)
+        lengths = [cached.past_key_values.get_seq_length(layer) for layer in range(4)]
+        assert lengths == [n + 3 for n in (18, 14, 14, 6)]
+        assert plain(ids, **inputs).logits.shape[1] == 18
+
+
+def test_an_unknown_option_leaves_the_old_schedule_in_force(model):
+    with pytest.raises(TypeError, match="position"):
+        model.set_drop_schedule("uniform@1:0.5", position="keep")
+    ids = prompt(1, "v", 2)[None]
+    with torch.no_grad():
+        assert model(ids, pixel_values_videos=pixels(1, 4, 3, 48, 48)).logits.shape[1] == 2 + 4
+
+
+@torch.no_grad()
+def test_logits_are_asked_for_by_position(model):
+    ids, inputs = prompt(1, "v", 2)[None], {"pixel_values_videos": pixels(1, 4, 3, 48, 48)}
+    whole = model(ids, **inputs).logits
+    chosen = model(ids, **inputs, logits_to_keep=torch.tensor([0, 5])).logits
+    torch.testing.assert_close(chosen, whole[:, [0, 5]])

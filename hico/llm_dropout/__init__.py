@@ -27,8 +27,17 @@ shift_labels = plan.shift_labels(labels) if plan is not None else None
 """
 
 from hico.llm_dropout.base import DropPolicy
-from hico.llm_dropout.patch import DropHandle, add_visual_mask, patch
+from hico.llm_dropout.patch import DropHandle, add_visual_mask, find_handle, patch
 from hico.llm_dropout.plan import DropPlan
 from hico.llm_dropout.schedule import DropSchedule, DropStage
 
-__all__ = ["DropHandle", "DropPlan", "DropPolicy", "DropSchedule", "DropStage", "add_visual_mask", "patch"]
+__all__ = [
+    "DropHandle",
+    "DropPlan",
+    "DropPolicy",
+    "DropSchedule",
+    "DropStage",
+    "add_visual_mask",
+    "find_handle",
+    "patch",
+]

@@ -98,6 +98,12 @@ def find_decoder(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
     return module, holder if is_causal_lm else None
 
 
+def find_handle(decoder: nn.Module) -> DropHandle | None:
+    """Return the handle by which a decoder is patched, or None."""
+    owners = (getattr(hook, "__self__", None) for hook in decoder._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, DropHandle)), None)
+
+
 class _Request:
     """What a causal LM asks of its decoder, and the plan that comes back."""
 
@@ -117,11 +123,11 @@ class DropHandle:
     """
 
     def __init__(self, decoder: nn.Module, causal_lm: nn.Module | None, rules: DropRules):
-        for hook in decoder._forward_pre_hooks.values():
-            if isinstance(getattr(hook, "__self__", None), DropHandle):
-                raise RuntimeError(
-                    f"{type(decoder).__name__} drops by {hook.__self__.schedule} already; remove() that handle first"
-                )
+        present = find_handle(decoder)
+        if present is not None:
+            raise RuntimeError(
+                f"{type(decoder).__name__} drops by {present.schedule} already; remove() that handle first"
+            )
         self._rules = rules
         self._hooks = [
             decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
