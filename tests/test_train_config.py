@@ -1,7 +1,13 @@
+import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
+from hico import HicoConfig, HicoForConditionalGeneration
 from hico.train.config import load_recipes, make_recipe, parse_overrides
 from hico.train.stages import STAGES
 
@@ -205,3 +211,29 @@ def test_files_are_looked_for_beside_the_recipe(tmp_path):
     path = write(tmp_path, "sub/r.yaml", "model: m\noutput_dir: o\ndata: data.yaml\n")
     (found,) = load_recipes(path)
     assert found.data == str(tmp_path / "sub" / "data.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "launch").glob("*.sh")), ids=lambda path: path.name)
+def test_launch_scripts_are_sound_and_say_how_they_are_used(path):
+    assert subprocess.run(["bash", "-n", path]).returncode == 0
+    asked = subprocess.run(["bash", path], capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
+    assert asked.returncode != 0
+    assert "usage:" in asked.stderr
+
+
+def test_the_fsdp_file_wraps_classes_that_there_are():
+    settings = yaml.safe_load((RECIPES / "accelerate/fsdp2.yaml").read_text())["fsdp_config"]
+    assert settings["fsdp_version"] == 2
+    wrapped = settings["fsdp_transformer_layer_cls_to_wrap"].split(",")
+    with torch.device("meta"):
+        model = HicoForConditionalGeneration(HicoConfig.preset("tiny"))
+    assert set(wrapped) <= {type(module).__name__ for module in model.modules()}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_files_leave_sizes_and_precision_to_the_recipe(stage):
+    settings = json.loads((RECIPES / f"deepspeed/zero{stage}.json").read_text())
+    assert settings["zero_optimization"]["stage"] == stage
+    left = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    assert all(settings[key] == "auto" for key in left)
+    assert settings["bf16"]["enabled"] == "auto"

@@ -592,6 +592,15 @@ def test_gradient_checkpointing_changes_nothing(folder):
     assert losses(checkpointed.state.log_history) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_trains_in_half_precision(folder):
+    on_cpu = train(make(folder, max_steps=3))
+    on_gpu = train(make(folder, max_steps=3, use_cpu=False, bf16=True, gradient_checkpointing=True))
+    expected = losses(on_cpu.state.log_history)
+    assert losses(on_gpu.state.log_history) == pytest.approx(expected, rel=0.02)
+
+
 def test_adapters_learn_are_resumed_and_merged(folder, monkeypatch):
     pytest.importorskip("peft")
     common = {"trainable": ["projector"], "lora": {"r": 2}, "save_strategy": "steps", "save_steps": 2}
