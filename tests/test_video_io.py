@@ -179,6 +179,7 @@ def test_a_source_that_is_none_of_these_is_a_type_error():
 def test_images_of_a_folder_come_in_natural_order(tmp_path):
     folder = write_images(tmp_path / "frames", 12)
     (folder / "notes.txt").write_text("not an image")
+    (folder / "folder.png").mkdir()
     video = all_frames(folder)
     assert indices_of(video.frames) == list(range(12))
     assert video.seconds.tolist() == list(range(12))

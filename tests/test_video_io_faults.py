@@ -3,6 +3,7 @@
 import io
 import logging
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +187,27 @@ def test_impossible_parts_name_the_file_and_the_remedy(plain, settings, message)
 def test_unknown_and_impossible_settings(plain, settings, error, message):
     with pytest.raises(error, match=message):
         read_video(plain, **settings)
+
+
+@pytest.mark.parametrize("size", [224.0, "224", (8, 8, 3), (8, 0)])
+def test_a_size_is_one_or_two_numbers_of_pixels(plain, size):
+    with pytest.raises(ValueError, match=r"size is .* pixels"):
+        read_video(plain, num_frames=4, size=size)
+    assert read_video(plain, num_frames=4, size=np.int64(8)).frames.shape == (4, 3, 8, 8)
+
+
+def test_a_pipe_an_empty_path_and_files_that_cannot_be_read_are_named(plain, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(VideoError, match="pipe: is neither a file nor a folder; save it"):
+        probe(tmp_path / "pipe")
+    with pytest.raises(VideoError, match="no such file"):
+        probe("")
+    with plain.open("rb") as file:
+        pass
+    with pytest.raises(VideoError, match=f"{plain}: is closed; open it again"):
+        probe(file)
+    with plain.open() as file, pytest.raises(TypeError, match="is open as text; open it with mode 'rb'"):
+        probe(file)
 
 
 def test_a_chunk_holds_a_frame(plain):

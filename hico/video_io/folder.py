@@ -20,7 +20,8 @@ def image_files(folder: Path) -> list[Path]:
     Raises:
         VideoError: if there is none.
     """
-    files = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+    names = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+    files = [path for path in names if not path.is_dir()]
     if not files:
         raise VideoError(f"{folder}: has no images; expected files that end in {', '.join(sorted(SUFFIXES))}")
     return sorted(files, key=_natural)

@@ -246,10 +246,10 @@ def _places(frames: list[int]) -> tuple[list[int], list[list[int]]]:
 def _size(size: int | tuple[int, int] | None, index: VideoIndex) -> tuple[int, int]:
     if size is None:
         return index.info.height, index.info.width
-    height, width = (size, size) if isinstance(size, int) else size
-    if min(height, width) < 1:
-        raise ValueError(f"size is {size}; it must be at least 1 pixel")
-    return height, width
+    sides = (size, size) if np.ndim(size) == 0 else tuple(size)
+    if len(sides) != 2 or not all(isinstance(side, (int, np.integer)) and side >= 1 for side in sides):
+        raise ValueError(f"size is {size!r}; it must be one number of pixels or (height, width), each at least 1")
+    return int(sides[0]), int(sides[1])
 
 
 def _num_threads(num_threads: int | None) -> int:

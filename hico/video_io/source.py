@@ -87,8 +87,8 @@ def as_source(source: str | os.PathLike | bytes | bytearray | memoryview | Binar
     """Accept what users call a video.
 
     Raises:
-        VideoError: if the file does not exist or is empty.
-        TypeError: if it is none of the known kinds.
+        VideoError: if the file does not exist, is empty, a pipe or closed.
+        TypeError: if it is none of the known kinds, or open as text.
     """
     if isinstance(source, Source):
         return source
@@ -100,6 +100,10 @@ def as_source(source: str | os.PathLike | bytes | bytearray | memoryview | Binar
         return _of_path(os.fspath(source))
     if hasattr(source, "read"):
         name = getattr(source, "name", None)
+        if getattr(source, "closed", False):
+            raise VideoError(f"{name or '<file object>'}: is closed; open it again")
+        if isinstance(source, io.TextIOBase):
+            raise TypeError(f"{name or '<file object>'} is open as text; open it with mode 'rb'")
         seekable = getattr(source, "seekable", None)
         if not (seekable and seekable()):
             source = io.BytesIO(source.read())
@@ -117,8 +121,10 @@ def _of_path(location: str) -> Source:
     if "://" in location:
         return Source(name=location, location=location)
     path = Path(location).expanduser()
-    if not path.exists():
-        raise VideoError(f"{location}: no such file; check the path, or the folder that it is relative to")
+    if not location or not path.exists():
+        raise VideoError(f"{location or repr('')}: no such file; check the path, or the folder that it is relative to")
+    if not (path.is_file() or path.is_dir()):
+        raise VideoError(f"{location}: is neither a file nor a folder; save it to a file, or give its bytes")
     if path.is_file() and not path.stat().st_size:
         raise VideoError(f"{location}: is empty (0 bytes); fetch it again")
     return Source(name=location, location=str(path))
