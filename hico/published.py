@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
+import torch
+
 from hico.grids import anyres_grids, unires_grids
 from hico.llm_dropout.schedule import DropSchedule
 
@@ -170,6 +172,8 @@ def translate(config: Mapping[str, Any]) -> Translation:
     text = _text_config(keys)
     settings, processor = read(keys)
     dtype = keys.take("torch_dtype", keys.take("dtype"))
+    if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        raise ValueError(f"the dtype is {dtype!r}, which torch has not; write one such as 'bfloat16'")
     settings |= {"text_config": text} | ({"dtype": dtype} if dtype else {})
     for key in [key for key in keys.left if key in _REASONS]:
         keys.ignore(key, _REASONS[key])
@@ -190,6 +194,9 @@ def _rename(name: str, prefixes) -> str | None:
     return next((new + name[len(old) :] for old, new in prefixes if name.startswith(old)), None)
 
 
+_KINDS = {"a number": (int, float), "a text": (str,), "a list": (list, tuple), "a mapping": (Mapping,)}
+
+
 @dataclass
 class _Keys:
     """A configuration that is read key by key; what is left at the end was not understood."""
@@ -198,8 +205,14 @@ class _Keys:
     ignored: dict[str, str] = field(default_factory=dict)
 
     def take(self, key: str, default: Any = None) -> Any:
+        """Take a value, which must be of the kind of its default, if there is one."""
         value = self.left.pop(key, None)
-        return default if value is None else value
+        if value is None or default is None:
+            return default if value is None else value
+        kind, types = next((kind, types) for kind, types in _KINDS.items() if isinstance(default, types))
+        if not isinstance(value, types):
+            raise ValueError(f"{key} is {value!r} in this checkpoint, but it must be {kind}, such as {default!r}")
+        return value
 
     def ignore(self, key: str, reason: str) -> None:
         if key in self.left:
@@ -207,7 +220,8 @@ class _Keys:
             self.ignored[key] = reason
 
     def choose(self, key: str, choices: Mapping[Any, Any], default: Any = None) -> Any:
-        value = self.take(key, default)
+        value = self.take(key)
+        value = default if value is None else value
         if isinstance(value, (list, dict)) or value not in choices:
             known = ", ".join(map(repr, choices))
             raise ValueError(f"{key} is {value!r} in this checkpoint, which hico cannot run; it knows {known}")
@@ -219,7 +233,7 @@ class _Keys:
 
 
 def _text_config(keys: _Keys) -> dict[str, Any]:
-    model_type = str(keys.take("model_type", "qwen2"))
+    model_type = keys.take("model_type", "qwen2")
     if "qwen" not in model_type.lower():
         raise ValueError(f"model_type is {model_type!r}; of the published systems, hico knows those over Qwen2")
     text = {"model_type": "qwen2"} | {key: keys.left.pop(key) for key in TEXT_KEYS if key in keys.left}
@@ -345,8 +359,9 @@ def _drop_schedule(keys: _Keys) -> str | None:
 def _tiling(keys: _Keys, tilings: Mapping[str | None, str], *, tile: int) -> str | list[tuple[int, int]]:
     """Read how images are tiled; what is not understood of it is reported, and the system's own tiling taken."""
     aspect_ratio = keys.left.get("image_aspect_ratio")
-    name = tilings.get(aspect_ratio) or next(iter(tilings.values()))
-    if aspect_ratio in tilings:
+    is_known = not isinstance(aspect_ratio, (list, dict)) and aspect_ratio in tilings
+    name = tilings[aspect_ratio] if is_known else next(iter(tilings.values()))
+    if is_known:
         keys.take("image_aspect_ratio")
     if name == "single":
         keys.ignore("image_grid_pinpoints", "images are not tiled")
@@ -361,14 +376,21 @@ def _tiling(keys: _Keys, tilings: Mapping[str | None, str], *, tile: int) -> str
 
 
 def _parse_pinpoints(pinpoints: Any, *, tile: int) -> list[tuple[int, int]] | None:
-    """Return ``(columns, rows)`` from sizes in pixels, or from a range of grids such as ``(1x1),...,(6x6)``."""
+    """Return ``(columns, rows)`` from sizes in pixels, or from a range of grids such as ``(1x1),...,(6x6)``.
+
+    None if they are neither.
+    """
     if isinstance(pinpoints, str):
         corners = [(int(columns), int(rows)) for columns, rows in re.findall(r"\((\d+)x(\d+)\)", pinpoints)]
         if len(corners) == 2:
             (first_column, first_row), (last_column, last_row) = corners
-            return list(product(range(first_column, last_column + 1), range(first_row, last_row + 1)))
+            grids = list(product(range(first_column, last_column + 1), range(first_row, last_row + 1)))
+            return grids if min(first_column, first_row) >= 1 else None
         pinpoints = re.findall(r"\((\d+)\s*,\s*(\d+)\)", pinpoints)
-    sizes = [(int(width), int(height)) for width, height in pinpoints or ()]
-    if not sizes or any(width % tile or height % tile for width, height in sizes):
+    try:
+        sizes = [(int(width), int(height)) for width, height in pinpoints or ()]
+    except (TypeError, ValueError):
+        return None
+    if not sizes or any(side < 1 or side % tile for size in sizes for side in size):
         return None
     return [(width // tile, height // tile) for width, height in sizes]

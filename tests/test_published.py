@@ -111,6 +111,16 @@ def test_internvideo2_is_refused_for_what_it_is():
         ({"model_type": "llava_llama"}, "model_type is 'llava_llama'"),
         ({"mm_llm_compress": True, "llm_compress_type": "magic"}, "unknown llm_compress_type 'magic'"),
         ({SIZES_KEY: {"img": 96, "wings": 2}}, r"has \['wings'\]; it may have img, dim"),
+        ({"mm_local_num_frames": "4"}, "mm_local_num_frames is '4' .* a number, such as 4"),
+        ({"rope_scaling": 3}, "rope_scaling is 3 .* a mapping"),
+        ({"rope_parameters": "x"}, "rope_parameters is 'x' .* a mapping"),
+        (
+            {"mm_llm_compress": True, "llm_compress_type": []},
+            r"llm_compress_type is \[\] .* a text, such as 'attention'",
+        ),
+        ({"mm_llm_compress": True, "llm_compress_layer_list": 8}, "llm_compress_layer_list is 8 .* a list"),
+        ({"torch_dtype": "float99"}, "dtype is 'float99', which torch has not"),
+        ({SIZES_KEY: [1]}, r"is \[1\] in this checkpoint, but it must be a mapping"),
         ({SIZES_KEY: {"dim": 64}, "mm_hidden_size": 1024}, "mm_hidden_size is 1024, but .* 64 wide"),
     ],
 )
@@ -139,6 +149,14 @@ def test_an_unknown_tiling_is_reported_and_the_usual_one_taken():
     assert found.processor["image_tiling"] == "anyres_nopad"
     found = translate({**FLASH, "image_aspect_ratio": "anyres_nopad", "image_grid_pinpoints": [[448, 449]]})
     assert found.unknown == {"image_grid_pinpoints": [[448, 449]]}
+    assert found.processor["image_tiling"] == "anyres_nopad"
+    assert translate({**FLASH, "image_aspect_ratio": [1]}).unknown == {"image_aspect_ratio": [1]}
+
+
+@pytest.mark.parametrize("pinpoints", [3, [1], ["ab"], [[0, 0]], "(0x0),...,(6x6)", [[448, None]], {"a": 1}])
+def test_pinpoints_that_are_none_are_reported(pinpoints):
+    found = translate({**FLASH, "image_aspect_ratio": "anyres_nopad", "image_grid_pinpoints": pinpoints})
+    assert found.unknown == {"image_grid_pinpoints": pinpoints}
     assert found.processor["image_tiling"] == "anyres_nopad"
 
 
