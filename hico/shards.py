@@ -99,7 +99,7 @@ class SafetensorsShard(Shard):
                 raise CheckpointError(f"{path}: no safetensors file, or cut off inside its header; download it again")
             try:
                 header = dict(json.loads(file.read(length), object_pairs_hook=_refuse_duplicates))
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 raise CheckpointError(f"{path}: its header cannot be read ({error}); download it again") from error
         header.pop("__metadata__", None)
         self._data = 8 + length
@@ -115,7 +115,8 @@ class SafetensorsShard(Shard):
         try:
             begin, end = entry["data_offsets"]
             info = TensorInfo(entry["dtype"], tuple(entry["shape"]))
-            sound = 0 <= begin <= end and min(info.shape, default=0) >= 0 and end - begin == info.nbytes
+            is_shape = all(type(side) is int and side >= 0 for side in info.shape)
+            sound = 0 <= begin <= end and is_shape and end - begin == info.nbytes
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.path}: the header of {name!r} cannot be read ({error!r})") from error
         if not sound:
@@ -150,6 +151,8 @@ class TensorShard(Shard):
         for name, tensor in self._content.items():
             if tensor.dtype not in _DTYPE_NAMES:
                 raise CheckpointError(f"{path}: {name!r} is {tensor.dtype}, which safetensors cannot hold")
+            if tensor.layout != torch.strided or tensor.is_meta:
+                raise CheckpointError(f"{path}: {name!r} is sparse or without values; save it as a plain tensor")
         self.tensors = {
             name: TensorInfo(_DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in self._content.items()
         }
@@ -172,7 +175,9 @@ class PickleShard(TensorShard):
         for key in ("state_dict", "model", "module"):  # where training code keeps the weights among other things
             if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
                 content = content[key]
-        if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        if not isinstance(content, Mapping) or not all(
+            isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+        ):
             raise CheckpointError(f"{path}: holds more than named tensors; save the state dict alone")
         super().__init__(path, content)
 
@@ -261,7 +266,7 @@ def _read_index(path: Path) -> list[Path]:
     try:
         weight_map = json.loads(path.read_text(), object_pairs_hook=_refuse_duplicates)["weight_map"]
         names = list(dict.fromkeys(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: this index cannot be read ({error}); download it again") from error
     files: dict[Any, str] = {}
     for name in names:

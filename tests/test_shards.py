@@ -145,6 +145,7 @@ def test_garbage_is_one_clear_error(tmp_path_factory, content):
         {"a": {"dtype": "X7", "shape": [2], "data_offsets": [0, 8]}},
         {"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 8]}},
         {"a": {"dtype": "F32", "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}},
         {"a": []},
         [],
     ],
@@ -154,6 +155,25 @@ def test_a_header_that_does_not_add_up_is_refused(tmp_path, header):
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
     with pytest.raises(CheckpointError, match=r"x\.safetensors"):
         open_shard(tmp_path / "x.safetensors")
+
+
+def test_json_nested_without_end_is_refused(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", 10**5) + b"[" * 10**5)
+    (tmp_path / "model.safetensors.index.json").write_text("[" * 10**5)
+    for read in (lambda: open_shard(tmp_path / "x.safetensors"), lambda: check_shards(tmp_path)):
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            read()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{1: torch.zeros(2)}, {"a": torch.eye(2).to_sparse()}, {"a": torch.zeros(2, device="meta")}],
+    ids=["number", "sparse", "meta"],
+)
+def test_tensors_that_safetensors_cannot_hold_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "x.bin")
+    with pytest.raises(CheckpointError, match=r"x\.bin"):
+        open_shard(tmp_path / "x.bin")
 
 
 def test_a_folder_without_weights_and_other_files_are_refused(tmp_path):
