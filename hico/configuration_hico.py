@@ -157,6 +157,10 @@ class HicoConfig(PreTrainedConfig):
 
     @staticmethod
     def _named(spec: str | Mapping[str, Any], registry) -> dict[str, Any]:
+        if not isinstance(spec, (str, Mapping)):
+            raise ValueError(
+                f"the {registry.kind} is {spec!r}; it must be a name, or a mapping with a name and settings"
+            )
         settings = {"name": spec} if isinstance(spec, str) else dict(spec)
         registry.get(settings.get("name"))
         return settings

@@ -89,13 +89,16 @@ class HicoProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs: Any) -> "HicoProcessor":
         """Load a saved processor, or make the one that goes with a checkpoint of VideoChat-Flash or LongVA.
 
+        Code that lies beside it is never run, not even with ``trust_remote_code=True``.
+
         Raises:
-            ValueError: if a published checkpoint has no tokenizer.
+            ValueError: if a published checkpoint has no tokenizer, or a tokenizer cannot do without its own code.
         """
+        kwargs.pop("trust_remote_code", None)
         path = str(pretrained_model_name_or_path)
         published, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
         if not is_published(published):
-            return super().from_pretrained(path, **kwargs)
+            return super().from_pretrained(path, trust_remote_code=False, **kwargs)
         tokenizer = load_llm_tokenizer(path, known=False, **kwargs)
         if tokenizer is None:
             raise ValueError(f"{path} has no tokenizer; put the files of the LLM's tokenizer beside its config.json")

@@ -336,6 +336,26 @@ def test_code_beside_a_checkpoint_is_not_run(flash, tmp_path):
     assert not (tmp_path / "hico" / "trap.py").exists()
 
 
+@pytest.mark.parametrize("trust", [None, True])
+def test_code_beside_our_own_layout_is_neither_run_nor_offered(flash, tmp_path, monkeypatch, trust):
+    convert(flash, tmp_path / "hico")
+    trap = f"import pathlib\npathlib.Path({str(tmp_path / 'was_run')!r}).touch()\nclass Trap: pass\n"
+    (tmp_path / "hico" / "trap.py").write_text(trap)
+    file = tmp_path / "hico" / "tokenizer_config.json"
+    content = {
+        **json.loads(file.read_text()),
+        "tokenizer_class": "Trap",
+        "auto_map": {"AutoTokenizer": ["trap.Trap"] * 2},
+    }
+    file.write_text(json.dumps(content))
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asks whether to run it"))
+    kwargs = {} if trust is None else {"trust_remote_code": trust}
+    with pytest.raises(ValueError, match="custom code"):
+        HicoProcessor.from_pretrained(tmp_path / "hico", **kwargs)
+    assert not (tmp_path / "was_run").exists()
+    HicoProcessor.from_pretrained(flash, **kwargs)
+
+
 def test_what_is_there_is_not_overwritten(flash, tmp_path):
     (tmp_path / "hico").mkdir()
     (tmp_path / "hico" / "mine").touch()
@@ -344,6 +364,16 @@ def test_what_is_there_is_not_overwritten(flash, tmp_path):
     assert (tmp_path / "hico" / "mine").exists()
     (tmp_path / "hico" / "mine").unlink()
     convert(flash, tmp_path / "hico")
+
+
+@pytest.mark.parametrize("name", [".", "new/..", "link"])
+def test_the_target_may_be_any_name_of_an_empty_folder(flash, tmp_path, monkeypatch, name):
+    target = tmp_path / "target"
+    target.mkdir()
+    (tmp_path / "link").symlink_to(target)
+    monkeypatch.chdir(tmp_path if name == "link" else target)
+    convert(flash, name)
+    HicoForConditionalGeneration.from_pretrained(target)
 
 
 def test_conversions_that_make_no_sense_are_refused(flash, tmp_path):
@@ -410,6 +440,17 @@ def test_inspect_describes_what_cannot_be_loaded(flash, capsys):
     ):
         assert main(command) == 1
         assert "no InternVideo2 encoder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text", ["null", "3", "[]", '"x"', "[" * 100_000, '{"model_type": []}', '{"model_type": "hico", "encoder": 5}']
+)
+def test_a_config_that_is_none_is_one_line(flash, tmp_path, capsys, text):
+    (flash / "config.json").write_text(text)
+    inspected = main(["inspect", str(flash)])
+    assert main(["convert", str(flash), str(tmp_path / "new")]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+    assert inspected == (0 if text.startswith("{") else 1)
 
 
 def test_the_table_says_what_became_of_every_tensor_and_key(flash, tmp_path, capsys):

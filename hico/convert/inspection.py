@@ -128,7 +128,7 @@ def _text_facts(text: PreTrainedConfig) -> dict[str, Any]:
 
 def _llm_facts(config: dict[str, Any]) -> dict[str, Any]:
     settings = dict(config)
-    model_type = settings.pop("model_type", None)
+    model_type = str(settings.pop("model_type", None))
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"model_type is {model_type!r}, which transformers does not know")
     return _text_facts(CONFIG_MAPPING[model_type](**settings))

@@ -61,8 +61,10 @@ class Source:
             config = json.loads((path / "config.json").read_text())
         except FileNotFoundError as error:
             raise CheckpointError(f"{path}: has no config.json; give the folder of a checkpoint") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path / 'config.json'}: cannot be read ({error})") from error
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{path / 'config.json'}: holds no keys and values; download it again")
         return cls(path, _kind_of(config), config)
 
     @property
@@ -79,7 +81,7 @@ class Source:
 def _kind_of(config: dict[str, Any]) -> str:
     if is_published(config):
         return system_of(config)
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if model_type == "hico":
         return HICO
     return VISION_TOWER if model_type in _TOWER_TYPES else LLM

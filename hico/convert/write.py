@@ -20,6 +20,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     Raises:
         ValueError: if there is something of that name already.
     """
+    target = target.resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists already; remove it or choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)
