@@ -4,9 +4,19 @@ import copy
 
 import pytest
 import torch
-from dropout_reference import WIDTH, build, prompt
+from dropout_reference import TINY, WIDTH, build, prompt
 from torch import nn
-from transformers import DynamicCache
+from transformers import (
+    DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
 
 from hico.llm_dropout import patch
 
@@ -120,3 +130,24 @@ def test_candidates_in_the_prefill_are_refused():
     for how in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": assistant}):
         with pytest.raises(ValueError, match="prompt_lookup_num_tokens and assistant_model unset"):
             model.generate(ids, visual_mask=visual_mask, max_new_tokens=8, **how)
+
+
+@pytest.mark.parametrize(
+    ("build_odd", "words"),
+    [
+        (lambda: SmolLM3ForCausalLM(SmolLM3Config(**TINY, no_rope_layers=[1, 0, 1, 1])), "use_rope"),
+        (lambda: GptOssForCausalLM(GptOssConfig(**TINY, head_dim=8, num_local_experts=2)), "sinks"),
+        (lambda: PhiForCausalLM(PhiConfig(**{**TINY, "num_key_value_heads": 4})), "rotary_ndims"),
+    ],
+)
+def test_decoders_that_attend_otherwise_are_not_scored(build_odd, words):
+    model = build_odd()
+    with pytest.raises(ValueError, match=words):
+        patch(model, "attention@1:0.5")
+    patch(model, "uniform@1:0.5")
+
+
+def test_rotary_embeddings_that_differ_between_layers_are_refused():
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**TINY, head_dim=8))
+    with pytest.raises(ValueError, match="Gemma3RotaryEmbedding also needs layer_type"):
+        patch(model, "uniform@1:0.5")

@@ -49,6 +49,10 @@ def test_the_empty_schedule(spec):
         ([{"layer": 4, "policy": "uniform", "keep": True}], "keep True"),
         ([{"layer": 4.5, "policy": "uniform", "keep": 0.5}], "layer 4.5"),
         (["uniform"], "cannot read stage 'uniform'"),
+        ({"layer": 4, "policy": "uniform", "keep": 0.5}, "cannot read schedule {'layer': 4"),
+        (4, "cannot read schedule 4; write it as 'uniform@4:0.75'"),
+        ("uniform@\u00b2:0.5", "is not a whole number"),
+        ("uniform@4:\u00b2", "is neither a ratio"),
     ],
 )
 def test_faults_are_named(spec, words):

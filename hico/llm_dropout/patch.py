@@ -84,7 +84,7 @@ def find_decoder(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
         The decoder, and the stock causal LM that holds it (as its ``model``), or None.
 
     Raises:
-        ValueError: if there is none, or it computes no rotary embedding for its layers.
+        ValueError: if there is none, or it does not compute one rotary embedding for all its layers.
     """
     holder, module = None, model
     while module is not None and not isinstance(getattr(module, "layers", None), nn.ModuleList):
@@ -93,6 +93,11 @@ def find_decoder(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
         raise ValueError(
             f"{type(model).__name__} holds no decoder with `layers` and `rotary_emb`; "
             "pass a model built like Qwen2, Qwen3, Llama or Mistral"
+        )
+    if "layer_type" in inspect.signature(module.rotary_emb.forward).parameters:
+        raise ValueError(
+            f"{type(module).__name__} cannot be patched: {type(module.rotary_emb).__name__} also needs layer_type, "
+            "so its layers do not share one rotary embedding"
         )
     is_causal_lm = getattr(holder, "model", None) is module and hasattr(holder, "lm_head")
     return module, holder if is_causal_lm else None

@@ -98,6 +98,10 @@ class DropSchedule:
             return cls()
         if isinstance(spec, str):
             return cls(tuple(_parse_stage(part.strip()) for part in spec.split(",")))
+        if not isinstance(spec, Sequence):
+            raise ValueError(
+                f"cannot read schedule {spec!r}; write it as 'uniform@4:0.75', or as a list of layer, policy and keep"
+            )
         return cls(tuple(_build_stage(part) for part in spec))
 
     @classmethod
@@ -171,13 +175,13 @@ def _parse_stage(text: str) -> DropStage:
     layer, colon, keep = rest.partition(":")
     if not (at and colon):
         raise ValueError(f"cannot read {text!r}; write policy@layer:keep, as in 'uniform@4:0.75'")
-    if not layer.strip().isdigit():
+    if not layer.strip().isdecimal():
         raise ValueError(f"layer {layer!r} of {text!r} is not a whole number")
     return DropStage(int(layer), policy.strip(), _parse_keep(keep.strip(), text))
 
 
 def _parse_keep(keep: str, text: str) -> float | int:
-    if keep.isdigit():
+    if keep.isdecimal():
         return int(keep)
     try:
         return float(keep)

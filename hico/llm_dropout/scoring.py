@@ -1,16 +1,25 @@
 """Attention scores of one decoder layer, from its own weights and a few query rows."""
 
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hico.ops.dropping import gather_rows, query_row_scores
 
+ORDINARY: dict[str, Callable[[Any], bool]] = {
+    "sinks": lambda value: value is None,
+    "use_rope": lambda value: value is None or bool(value),
+    "rotary_ndims": lambda value: value is None,
+}
+"""Attribute of an attention module -> whether its value, None if there is none, leaves attention as it is in Qwen2."""
+
 
 def check_scorable(layer: nn.Module) -> None:
-    """Raise ``ValueError`` unless a decoder layer has the parts that `score_tokens` calls."""
+    """Raise ``ValueError`` unless a decoder layer has the parts that `score_tokens` calls, and attends as it takes."""
     attention = getattr(layer, "self_attn", None)
     missing = [
         name
@@ -29,6 +38,12 @@ def check_scorable(layer: nn.Module) -> None:
             f"{type(layer).__name__} lacks {', '.join(missing)}, which scoring by attention needs; "
             "use the policy 'uniform', or a decoder laid out like Qwen2, Qwen3, Llama or Mistral"
         )
+    for name, ordinary in ORDINARY.items():
+        if not ordinary(getattr(attention, name, None)):
+            raise ValueError(
+                f"{type(attention).__name__} does not attend as scoring by attention takes it to, see its {name}; "
+                "use the policy 'uniform'"
+            )
 
 
 @torch.no_grad()
