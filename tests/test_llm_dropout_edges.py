@@ -14,6 +14,8 @@ from transformers import (
     GptOssForCausalLM,
     PhiConfig,
     PhiForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -151,3 +153,16 @@ def test_rotary_embeddings_that_differ_between_layers_are_refused():
     model = Gemma3ForCausalLM(Gemma3TextConfig(**TINY, head_dim=8))
     with pytest.raises(ValueError, match="Gemma3RotaryEmbedding also needs layer_type"):
         patch(model, "uniform@1:0.5")
+
+
+@torch.no_grad()
+def test_layers_with_a_recurrent_state_are_refused():
+    linear = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    config = Qwen3NextConfig(
+        **TINY, **linear, **experts, linear_value_head_dim=8, head_dim=8, shared_expert_intermediate_size=16
+    )
+    model, batch = Qwen3NextForCausalLM(config).eval(), prompt([4, 12, 3])
+    patch(model, "uniform@1:0.5")
+    with pytest.raises(ValueError, match="and a decoder with attention in every layer"):
+        model(**batch.inputs, use_cache=True)

@@ -96,11 +96,7 @@ def check_cache(cache: Cache, stage_layers: Collection[int], num_layers: int) ->
         RuntimeError: if it was filled with another schedule, or by a call that failed half way.
     """
     for index, layer in enumerate(cache.layers):
-        if type(layer) not in SHORT_LAYERS:
-            raise ValueError(
-                f"{type(cache).__name__} keeps its layers as {type(layer).__name__}, and dropping visual tokens "
-                "leaves layers of different lengths; use a DynamicCache (cache_implementation='dynamic')"
-            )
+        _short_type(cache, layer)
         if getattr(layer, "held", None) is not None and index not in stage_layers:
             raise RuntimeError(
                 f"tokens were dropped at layer {index} when the cache was filled, and this schedule drops none there; "
@@ -140,11 +136,27 @@ def read_held(cache: Cache, layer_index: int) -> Held | None:
 
 
 def write_held(cache: Cache, layer_index: int, held: Held) -> None:
-    """Let a layer remember what it is about to hold, beside the keys and values that it has."""
+    """Let a layer remember what it is about to hold, beside the keys and values that it has.
+
+    Raises:
+        ValueError: if the layer cannot differ in length from others.
+    """
     while len(cache.layers) <= layer_index:
         cache.layers.append(cache.layer_class_to_replicate())
     old = cache.layers[layer_index]
-    layer = SHORT_LAYERS[type(old)].__new__(SHORT_LAYERS[type(old)])
+    short_type = _short_type(cache, old)
+    layer = short_type.__new__(short_type)
     layer.__dict__.update(old.__dict__)
     layer.held = held
     cache.layers[layer_index] = layer
+
+
+def _short_type(cache: Cache, layer: object) -> type:
+    """Return the type that a cache layer changes to when it remembers what it holds."""
+    if type(layer) not in SHORT_LAYERS:
+        raise ValueError(
+            f"{type(cache).__name__} keeps its layers as {type(layer).__name__}, and dropping visual tokens leaves "
+            "layers of different lengths; use a DynamicCache (cache_implementation='dynamic') and a decoder with "
+            "attention in every layer"
+        )
+    return SHORT_LAYERS[type(layer)]
