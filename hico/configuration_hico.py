@@ -92,6 +92,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 IMAGE_LAYOUTS = ("mosaic", "tiles", "flat")
+_ATTENTION_KEYS = ("attn_implementation", "_attn_implementation")
+"""What transformers reads here may name code to download and run, so only a caller may say it, and not a file."""
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -198,6 +200,8 @@ class HicoConfig(PreTrainedConfig):
         settings, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not settings:
             raise OSError(f"{pretrained_model_name_or_path} has no config.json; is it a checkpoint, and complete?")
+        for key in _ATTENTION_KEYS:
+            settings.pop(key, None)
         if is_published(settings):
             found = translate(settings)
             if found.unknown:

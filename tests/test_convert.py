@@ -366,6 +366,16 @@ def test_what_is_there_is_not_overwritten(flash, tmp_path):
     convert(flash, tmp_path / "hico")
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_config_cannot_ask_for_a_kernel_to_be_downloaded(flash, tmp_path, key):
+    convert(flash, tmp_path / "hico")
+    file = tmp_path / "hico" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: "someone/kernel"}))
+    assert HicoForConditionalGeneration.from_pretrained(tmp_path / "hico").config._attn_implementation == "sdpa"
+    asked = HicoForConditionalGeneration.from_pretrained(tmp_path / "hico", attn_implementation="eager")
+    assert asked.config._attn_implementation == "eager"
+
+
 @pytest.mark.parametrize("name", [".", "new/..", "link"])
 def test_the_target_may_be_any_name_of_an_empty_folder(flash, tmp_path, monkeypatch, name):
     target = tmp_path / "target"
