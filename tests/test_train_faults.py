@@ -17,7 +17,7 @@ from hico.train.checkpoint import STAGING, checkpoints, is_complete
 from hico.train.run import STOPPED
 
 NUM_KILLS = 12
-NUM_STEPS = 40
+NUM_STEPS = 120
 
 pytestmark = pytest.mark.slow
 
@@ -80,7 +80,7 @@ def test_a_run_killed_many_times_ends_like_one_that_was_not(tmp_path):
             time.sleep(chance.uniform(0, 0.004))
         else:
             assert wait_for(lambda before=before: newest(output_dir) > before, process)
-            time.sleep(chance.uniform(0, 0.3))
+            time.sleep(chance.uniform(0, 0.1))
         assert process.poll() is None
         process.kill()
         process.communicate()
