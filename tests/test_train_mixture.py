@@ -18,6 +18,7 @@ LLAVA = {
     "conversations": [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "Hi."}],
 }
 TALK = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi."}]
+TALK_M = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]
 
 
 def write_rows(path, rows):
@@ -78,12 +79,16 @@ def asked(text, **media):
     return {"conversations": [{"from": "human", "value": text}, TALK[1]], **media}
 
 
+def parts(*content):
+    """An OpenAI row whose user turn has these parts."""
+    return {"messages": [{"role": "user", "content": list(content)}, TALK_M[1]]}
+
+
 @pytest.mark.parametrize(
     ("row", "expected", "files"),
     [
         (asked("Hello", video="a.mp4"), ["video", "Hello"], ["a.mp4"]),
         (asked("Hello"), ["Hello"], []),
-        (asked("What is <image> without files?"), ["What is <image> without files?"], []),
         (asked("What is\n<image>", video="a.mp4"), ["video", "What is"], ["a.mp4"]),
         (asked("<image>\n\nWhat?", image="a.png"), ["image", "\nWhat?"], ["a.png"]),
         (
@@ -118,11 +123,45 @@ def test_start_and_end_bound_each_video(tmp_path):
         ({"conversations": [{"from": "alien", "value": "x"}]}, "unknown speaker 'alien'"),
         ({"conversations": TALK[:1]}, "needs a user and an assistant"),
         ({"conversations": []}, "speakers are missing"),
-        ({**LLAVA, "video": ["a.mp4", "b.mp4"]}, r"1 placeholders \(video\) for 2 files"),
+        ({**LLAVA, "video": ["a.mp4", "b.mp4"]}, r"1 placeholder\(s\) \(video\) for 2 file\(s\)"),
+        (asked("What is <image> without files?"), r"1 placeholder\(s\) \(image\) for 0 file\(s\)"),
         ({**LLAVA, "video": 3}, "must be a path"),
         ({**LLAVA, "start": 3, "end": 1}, "do not bound a clip"),
         ({**LLAVA, "start": [1, 2], "end": 3}, "'start' has 2 entries for 1 files"),
-        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "unknown content type 'audio'"),
+        ({**LLAVA, "video": [""]}, "must be a path"),
+        ({**LLAVA, "video": False}, "must be a path"),
+        ({**LLAVA, "start": -1}, r"start is -1; give seconds"),
+        ({**LLAVA, "end": 0}, "do not bound a clip"),
+        ({**LLAVA, "end": float("nan")}, "end is nan; give seconds"),
+        ({**LLAVA, "end": float("inf")}, "end is inf; give seconds"),
+        ({**LLAVA, "end": 10**400}, "end is 10"),
+        ({**LLAVA, "start": True, "end": 3}, "start is True; give seconds"),
+        ({**LLAVA, "start": "soon"}, "start is 'soon'; give seconds"),
+        ({**LLAVA, "duration": [3]}, r"duration is \[3\]; give seconds"),
+        ({"conversations": TALK, "start": 3}, "start is 3, but it names no 'video'"),
+        (parts({"type": "video", "video": "a.mp4", "start": "soon"}), "start is 'soon'; give seconds"),
+        (parts({"type": "video", "video": "a.mp4", "start": 3, "end": 1}), "do not bound a clip"),
+        (parts({"type": "video", "video": "a.mp4", "start": -3, "end": 1}), "start is -3"),
+        (parts({"type": "image", "image": "a.png", "start": 3}), "start is 3, but an image has no time"),
+        (parts({"type": "text", "text": None}), "'text' is None; it must be text"),
+        (parts({"type": "image", "image": None}), "the file of an image is None"),
+        (parts({"type": "image_url", "image_url": {"url": 3}}), "the file of an image is 3"),
+        (parts({"type": "image"}), "lacks 'image'"),
+        (parts({"type": ["image"]}), "'type' is"),
+        (parts({"text": "x"}), "lacks 'type'"),
+        (parts("x"), "a content part is 'x'; it must be a mapping"),
+        ({**parts({"type": "image", "image": "a.png"}), "image": "b.png"}, "both in its parts and under"),
+        (parts({"type": "audio"}), "unknown content type 'audio'"),
+        ({"messages": [{"role": "user", "content": None}, TALK_M[1]]}, "content is None"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "the speaker is"),
+        ({"conversations": [TALK[0], {"from": "gpt", "value": " \n"}]}, "an answer is empty"),
+        ({"conversations": [TALK[1], *TALK]}, "the assistant speaks before the user"),
+        ({"conversations": None}, "'conversations' is None; it must be a list"),
+        ({"conversations": ["x"]}, "a turn is 'x'; it must be a mapping"),
+        ({"conversations": [{"from": "human", "value": 3}, TALK[1]]}, "content is 3; it must be text or a list"),
+        (asked("a \ud800"), "surrogates not allowed"),
+        (asked("a <|im_end|>"), r"holds <\|im_end\|>"),
+        (asked("a <|video_pad|>"), r"holds <\|video_pad\|>"),
         ({"conversations": [*TALK, {"from": "system", "value": "x"}]}, "system turn is not the first"),
         ({"conversations": "hello"}, "malformed row"),
     ],
@@ -156,6 +195,10 @@ def test_rows_are_found_at_their_lines_whatever_their_bytes(tmp_path, suffix):
         ("rows.json", '[{"a": 1},\n 3]', r"rows\.json:2 is int"),
         ("rows.jsonl", "[]\n", r"rows\.jsonl:1 is list"),
         ("rows.json", '[{"a": 1},\n{"b": 2}', r"rows\.json:2 is not JSON"),
+        ("rows.json", '[{"a": 1},\n{"b": 2}]\n[{"c": 3}]', r"rows\.json:2 .* more text after the array"),
+        ("rows.json", '[{"a": 1},\n' + "[" * 100_000, r"rows\.json:2 is not JSON"),
+        ("rows.jsonl", "[" * 100_000, r"rows\.jsonl:1 is not JSON"),
+        ("rows.json", '[{"a": 1},\n{"a": ' + "1" * 5000 + "}]", r"rows\.json:2 is not JSON"),
     ],
 )
 def test_files_that_do_not_parse_name_the_line(tmp_path, name, text, message):
@@ -208,8 +251,13 @@ def test_a_compressed_tar_is_an_error(tmp_path):
 
 def test_a_file_missing_from_a_shard_is_reported(tmp_path):
     write_shard(tmp_path / "s.tar", {"1.json": json.dumps(LLAVA).encode()})
+    spec = DatasetSpec(json_path=str(tmp_path / "s.tar"))
     with pytest.raises(FileNotFoundError, match=r"1 file\(s\) .*s\.tar:a\.mp4"):
-        Mixture([DatasetSpec(json_path=str(tmp_path / "s.tar"))])
+        Mixture([spec])
+    unchecked = Mixture([spec], check_files=False)
+    assert unchecked.num_videos.tolist() == [1]
+    with pytest.raises(FileNotFoundError, match=r"s\.tar:a\.mp4"):
+        unchecked.record(0).media[0].source.read()
 
 
 # Which rows -------------------------------------------------------------------------------------------------------
@@ -320,11 +368,11 @@ def test_splitting_keeps_every_row_once(folder):
 
 def test_missing_files_are_counted_and_three_are_named(folder):
     rows = [{**LLAVA, "video": f"no{i}.mp4"} for i in range(5)]
-    write_rows(folder / "videos.json", rows)
+    write_rows(folder / "videos.json", [rows[0], rows[0], *rows])
     spec = DatasetSpec(json_path=str(folder / "videos.json"), data_root=str(folder))
     with pytest.raises(FileNotFoundError, match=r"5 file\(s\) .*no0\.mp4, .*no1\.mp4, .*no2\.mp4, \.\.\."):
         Mixture([spec])
-    assert len(Mixture([spec], check_files=False)) == 5
+    assert len(Mixture([spec], check_files=False)) == 7
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import numpy as np
 
 from hico.train.config import nearest_hint, read_yaml
 from hico.train.records import Record, parse_row
-from hico.train.rowfiles import RowFile, Shard, ShardMember
+from hico.train.rowfiles import RowFile, Shard, ShardMember, exists
 from hico.video_io import READERS
 
 MODALITIES = ("text", "image", "video")
@@ -160,30 +160,23 @@ class Mixture:
         count = len(self)
         self.modality = np.zeros(count, dtype=np.int8)
         self.text_bytes = np.zeros(count, dtype=np.int32)
-        self.num_images = np.zeros(count, dtype=np.int16)
-        self.num_videos = np.zeros(count, dtype=np.int16)
+        self.num_images = np.zeros(count, dtype=np.int32)
+        self.num_videos = np.zeros(count, dtype=np.int32)
         self.seconds = np.full(count, np.nan, dtype=np.float32)
-        missing, known = [], {}
+        known: dict[str | ShardMember, bool] = {}
         for index in range(count):
-            try:
-                record = self.record(index)
-            except FileNotFoundError as error:
-                missing.append(str(error))
-                continue
+            record = self.record(index)
             self.modality[index] = MODALITIES.index(record.modality)
             self.text_bytes[index] = record.num_text_bytes
             self.num_videos[index] = sum(media.kind == "video" for media in record.media)
             self.num_images[index] = len(record.media) - self.num_videos[index]
             self.seconds[index] = _seconds(record)
             for media in record.media if check_files else ():
-                if isinstance(media.source, ShardMember):
-                    continue
                 if media.source not in known:
-                    known[media.source] = Path(media.source).exists()
-                if not known[media.source]:
-                    missing.append(media.source)
+                    known[media.source] = exists(media.source)
+        missing = [str(source) for source, is_there in known.items() if not is_there]
         if missing:
-            some = ", ".join(missing[:3])
+            some = ", ".join(f"{name:.300}" for name in missing[:3])
             raise FileNotFoundError(
                 f"{len(missing)} file(s) of the mixture are missing: {some}{', ...' if len(missing) > 3 else ''}; "
                 "check data_root, or set check_files: false and on_bad_sample: skip"

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import re
 import tarfile
 from dataclasses import dataclass
@@ -18,11 +19,18 @@ class ShardMember:
 
     shard: str
     name: str
-    offset: int
-    size: int
+    offset: int | None = None
+    """Place of its bytes in the tar file; none if it is not there."""
+    size: int = 0
 
     def read(self) -> bytes:
-        """Return the file's bytes."""
+        """Return the file's bytes.
+
+        Raises:
+            FileNotFoundError: if the shard has no such file.
+        """
+        if self.offset is None:
+            raise FileNotFoundError(f"there is no {self}")
         with open(self.shard, "rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
@@ -75,7 +83,7 @@ class RowFile:
                 if text.strip():
                     try:
                         row = json.loads(text)
-                    except ValueError as error:
+                    except (ValueError, RecursionError) as error:
                         raise ValueError(f"{self.path}:{line} is not JSON: {error}") from error
                     self._check(row, line)
                     spans.append((start, start + len(text), line))
@@ -100,14 +108,16 @@ class RowFile:
             line += text.count("\n", position, here)
             try:
                 row, end = decoder.raw_decode(text, here)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{self.path}:{error.lineno} is not JSON: {error}") from error
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{self.path}:{getattr(error, 'lineno', line)} is not JSON: {error}") from error
             self._check(row, line)
             size = len(text[here:end].encode())
             spans.append((offset, offset + size, line))
             line += text.count("\n", here, end)
             offset, position = offset + size, end
             here = gap.match(text, end).end()
+        if text[here + 1 :].strip():
+            raise ValueError(f"{self.path}:{line} is followed by more text after the array of rows; join them in one")
         return spans
 
     def _check(self, row: Any, line: int) -> None:
@@ -150,7 +160,7 @@ class Shard:
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             row = json.loads(self._rows[index].read())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.where(index)} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{self.where(index)} is {type(row).__name__}; a row is a JSON object")
@@ -163,15 +173,19 @@ class Shard:
     def source(self, index: int, name: str, root: str) -> ShardMember:
         """Return a member by its name, or by its extension beside the row (``mp4`` or ``.mp4``).
 
-        Raises:
-            FileNotFoundError: if the shard has no such member.
+        One that is not there is returned too, without a place.
         """
         key = self._rows[index].name.removesuffix(".json")
         folder = key.rpartition("/")[0]
         for candidate in (name, f"{folder}/{name}", f"{key}.{name.lstrip('.')}"):
             if candidate in self._members:
                 return self._members[candidate]
-        raise FileNotFoundError(f"{self.path}:{name}")
+        return ShardMember(self.path, name)
+
+
+def exists(source: str | ShardMember) -> bool:
+    """Say whether a file, a folder or a member of a shard is there."""
+    return source.offset is not None if isinstance(source, ShardMember) else os.path.exists(source)
 
 
 def open_source(source: str | ShardMember) -> str | io.BytesIO:
