@@ -112,7 +112,7 @@ def _turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _message(speaker: Any, content: Any) -> dict[str, Any]:
     role = ROLES.get(_typed(speaker, str, "the speaker"))
     if role is None:
-        raise ValueError(f"unknown speaker {speaker!r}; use one of {', '.join(ROLES)}")
+        raise ValueError(f"unknown speaker {shown(speaker)}; use one of {', '.join(ROLES)}")
     if not isinstance(content, str | list):
         raise ValueError(f"the content is {shown(content)}; it must be text or a list of parts")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
@@ -131,7 +131,7 @@ def _part(part: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"the text holds {mark[0]}, which would be read as the border of a turn or as pixels")
         return {"type": "text", "text": text}
     if kind not in ("video", "image"):
-        raise ValueError(f"unknown content type {part['type']!r}; use text, image or video")
+        raise ValueError(f"unknown content type {shown(part['type'])}; use text, image or video")
     source = part.get("path") or part.get("url") or part[part["type"]]
     source = source["url"] if isinstance(source, Mapping) else source
     path = _typed(source, str, f"the file of {'an image' if kind == 'image' else 'a video'}")
