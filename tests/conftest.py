@@ -11,3 +11,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 @pytest.fixture(autouse=True)
 def _same_seed_everywhere():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def training_corpus(tmp_path_factory):
+    """Videos, images, rows and an untrained model, see `train_corpus`."""
+    from train_corpus import write_corpus
+
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(training_corpus, tmp_path):
+    """The training corpus, in a folder of the test's own."""
+    for path in training_corpus.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    return tmp_path

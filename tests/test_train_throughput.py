@@ -49,7 +49,7 @@ def test_the_arithmetic_counts_what_torch_does(folder, rows, trainable):
     # Torch counts attention over all pairs of tokens, where ours is causal and within rows: compare without.
     model = HicoForConditionalGeneration.from_pretrained(folder / "init").train()
     freeze(model, trainable)
-    inputs = {name: value for name, value in batch.items() if name not in ("modality", "bad_rows")}
+    inputs = {name: value for name, value in batch.items() if name not in ("modality", "num_rows", "bad_rows")}
     with FlopCounterMode(display=False) as mode:
         model(**inputs).loss.backward()
     by_operation = mode.get_flop_counts()["Global"]

@@ -1,6 +1,8 @@
 """Pre-training of an encoder on what moves in a clip."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,9 @@ from hico.tiny.corpus import CorpusSize, write_corpus
 from hico.tiny.model import write_untrained
 from hico.train import checkpoint
 from hico.train.config import make_recipe
+from hico.train.decoding import SampleError
 from hico.train.run import run_stage
-from hico.train.tracks import TrackModel, shown_patches
+from hico.train.tracks import TrackModel, TrackTrainer, shown_patches
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +105,46 @@ def test_videos_of_several_clips_are_an_error(corpus, tmp_path):
 def test_other_parts_cannot_learn_from_tracks(corpus, tmp_path):
     with pytest.raises(ValueError, match="trains the encoder alone"):
         recipe(corpus, tmp_path, trainable=["encoder", "projector"])
+
+
+@pytest.mark.parametrize("stop", ["kill", "signal"])
+def test_a_stopped_stage_goes_on_bit_for_bit(corpus, tmp_path, monkeypatch, stop):
+    common = {"max_steps": 7, "save_strategy": "steps", "save_steps": 2}
+    whole = run_stage(recipe(corpus, tmp_path / "whole", **common))
+    stage, real = recipe(corpus, tmp_path / "out", **common), TrackTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 3 and stop == "kill":
+            raise KeyboardInterrupt
+        if self.state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrackTrainer, "training_step", training_step)
+        with pytest.raises(KeyboardInterrupt if stop == "kill" else SystemExit):
+            run_stage(stage)
+    newest = checkpoint.checkpoints(tmp_path / "out")[-1]
+    assert newest.name == ("checkpoint-2" if stop == "kill" else "checkpoint-4")
+    assert checkpoint.read_manifest(newest)["datasets"][0]["rows_taken"] > 0
+    resumed = run_stage(stage)
+    histories = [json.loads((final / "trainer_state.json").read_text())["log_history"] for final in (whole, resumed)]
+    losses = [{entry["step"]: entry["loss"] for entry in history if "loss" in entry} for history in histories]
+    assert losses[0] == losses[1]
+    assert list(losses[0]) == list(range(1, 8))
+    before, after = (load_file(final / "model.safetensors") for final in (whole, resumed))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_rows_that_cannot_be_read_are_left_out(corpus, tmp_path):
+    rows = [json.loads(line) for line in (corpus / "tracks.jsonl").read_text().splitlines()]
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    rows[1]["video"] = str(tmp_path / "broken.mp4")
+    (tmp_path / "tracks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [{"json_path": str(tmp_path / "tracks.jsonl"), "data_root": str(corpus)}]
+    with pytest.raises(SampleError, match=r"tracks\.jsonl:2 cannot be read"):
+        run_stage(recipe(corpus, tmp_path / "out", data=data))
+    final = run_stage(recipe(corpus, tmp_path / "out", data=data, on_bad_sample="skip", max_bad_fraction=0.2))
+    assert checkpoint.is_complete(final)
+    (entry,) = (tmp_path / "out/bad_rows-0.jsonl").read_text().splitlines()
+    assert json.loads(entry)["where"] == f"{tmp_path / 'tracks.jsonl'}:2"

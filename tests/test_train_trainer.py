@@ -1,64 +1,22 @@
 import ctypes
 import io
 import json
-import os
-import shutil
-import signal
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from train_corpus import make, write_corpus, write_model
+from train_corpus import history, losses, make, train, trainer_for, weights, write_model
 
-from hico import HicoForConditionalGeneration, cli
+from hico import HicoForConditionalGeneration
 from hico.prompt import IGNORE_INDEX, label_mask
 from hico.train import run
 from hico.train.__main__ import main
-from hico.train.checkpoint import checkpoints, is_complete, read_manifest
 from hico.train.collator import Collator
 from hico.train.dataset import BadRow, TrainingRows, label_marks
 from hico.train.decoding import SampleError
 from hico.train.throughput import TokenLoss
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(corpus, tmp_path):
-    """The corpus, in a folder of the test's own."""
-    for path in corpus.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    return tmp_path
-
-
-def trainer_for(recipe):
-    return run.make_trainer(recipe, run.training_arguments(recipe), run.prepare(recipe))
-
-
-def train(recipe):
-    trainer = trainer_for(recipe)
-    trainer.train()
-    return trainer
-
-
-def losses(history):
-    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
-
-
-def history(final):
-    return json.loads((Path(final) / "trainer_state.json").read_text())["log_history"]
-
-
-def weights(folder):
-    model = HicoForConditionalGeneration.from_pretrained(folder)
-    return dict(model.named_parameters())
 
 
 def examples(recipe, rows=range(12)):
@@ -69,136 +27,15 @@ def examples(recipe, rows=range(12)):
 
 def batch_for(recipe, rows=range(6), **options):
     dataset, some = examples(recipe, rows)
-    batch = Collator(dataset.processor, packing=recipe.packing, **options)(some)
-    batch.pop("bad_rows")
-    return batch
+    return Collator(dataset.processor, packing=recipe.packing, **options)(some)
 
 
 def loss_and_gradients(model, batch):
     model.zero_grad()
-    inputs = {name: value for name, value in batch.items() if name != "modality"}
+    inputs = {name: value for name, value in batch.items() if name not in ("modality", "num_rows", "bad_rows")}
     loss = model(**inputs).loss
     loss.backward()
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-# Going on where a run was left -----------------------------------------------------------------------------------
-
-
-class Killed(Exception):
-    pass
-
-
-def killed_after(step, monkeypatch):
-    """Let a run die in the step after ``step``, as abruptly as a test can."""
-    real = run.HicoTrainer.training_step
-
-    def training_step(self, *args, **kwargs):
-        if self.state.global_step == step:
-            raise Killed
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(run.HicoTrainer, "training_step", training_step)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"gradient_accumulation_steps": 2, "num_train_epochs": 3},
-        {"dataloader_num_workers": 2, "decode_timeout": 20.0},
-        {"group_by_length": True, "max_tokens_per_batch": 4096, "packing": True, "num_train_epochs": 2},
-    ],
-)
-def test_a_killed_run_goes_on_bit_for_bit(folder, monkeypatch, changes):
-    common = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1, **changes}
-    whole = run.run_stage(make(folder, output_dir=str(folder / "whole"), **common))
-    recipe = make(folder, **common)
-    with monkeypatch.context() as patch:
-        killed_after(3, patch)
-        with pytest.raises(Killed):
-            run.run_stage(recipe)
-    resumed = run.run_stage(recipe)
-    expected, found = losses(history(whole)), losses(history(resumed))
-    assert len(expected) > 3
-    assert found == expected
-    for name, weight in weights(whole).items():
-        assert torch.equal(weight, weights(resumed)[name]), name
-
-
-def test_what_was_consumed_is_not_read_again(folder, monkeypatch):
-    recipe = make(folder, save_strategy="steps", save_steps=2, num_train_epochs=2)
-    read = []
-    real = TrainingRows.__getitem__
-    monkeypatch.setattr(TrainingRows, "__getitem__", lambda self, key: (read.append(key), real(self, key))[1])
-    with monkeypatch.context() as patch:
-        killed_after(8, patch)
-        with pytest.raises(Killed):
-            run.run_stage(recipe)
-    consumed = read[: 8 * 2]
-    read.clear()
-    run.run_stage(recipe)
-    assert not set(read) & set(consumed)
-    assert sorted([*consumed, *read]) == [(epoch, row) for epoch in range(2) for row in range(12)]
-
-
-def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(folder, monkeypatch):
-    whole = run.run_stage(make(folder, output_dir=str(folder / "whole")))
-    recipe, real = make(folder), run.HicoTrainer.training_step
-
-    def training_step(self, *args, **kwargs):
-        if self.state.global_step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run.HicoTrainer, "training_step", training_step)
-        with pytest.raises(SystemExit) as stopped:
-            run.run_stage(recipe)
-    assert stopped.value.code == run.STOPPED
-    assert [path.name for path in checkpoints(Path(recipe.output_dir))] == ["checkpoint-3"]
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert losses(history(run.run_stage(recipe))) == losses(history(whole))
-
-
-def test_killed_while_saving_it_goes_on_from_the_one_before(folder, monkeypatch):
-    recipe = make(folder, save_strategy="steps", save_steps=2)
-    real = run.HicoTrainer._save_rng_state
-
-    def save_rng_state(self, output_dir):
-        if self.state.global_step == 4:
-            raise Killed
-        real(self, output_dir)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run.HicoTrainer, "_save_rng_state", save_rng_state)
-        with pytest.raises(Killed):
-            run.run_stage(recipe)
-    assert [path.name for path in checkpoints(Path(recipe.output_dir))] == ["checkpoint-2"]
-    assert len(losses(history(run.run_stage(recipe)))) == 6
-    assert not (Path(recipe.output_dir) / ".saving" / "checkpoint-4").exists()
-
-
-def test_a_checkpoint_says_what_it_was_trained_on(folder):
-    recipe = make(folder, save_strategy="steps", save_steps=3, max_steps=3)
-    final = run.run_stage(recipe)
-    for made in (final, *checkpoints(Path(recipe.output_dir))):
-        manifest = read_manifest(made)
-        assert manifest["stage"] == "stage"
-        assert manifest["step"] == 3
-        assert manifest["seed"] == 3
-        assert manifest["datasets"][0]["rows_taken"] == 12
-        assert len(manifest["datasets"][0]["files"][0]["sha256"]) == 64
-
-
-def test_other_data_are_refused_on_resuming(folder, monkeypatch):
-    recipe = make(folder, save_strategy="steps", save_steps=2)
-    with monkeypatch.context() as patch:
-        killed_after(3, patch)
-        with pytest.raises(Killed):
-            run.run_stage(recipe)
-    with pytest.raises(ValueError, match="was trained on other data: seed was 3 and is 4"):
-        run.run_stage(make(folder, save_strategy="steps", save_steps=2, seed=4))
 
 
 # Parts -----------------------------------------------------------------------------------------------------------
@@ -310,7 +147,7 @@ def test_blank_rows_add_nothing_and_reach_every_part(folder, needed, packed):
 def test_a_device_without_rows_has_a_batch_that_weighs_nothing(folder, needed):
     dataset, _ = examples(make(folder), [])
     batch = Collator(dataset.processor, needed=needed)([BadRow(0, "x", "y")])
-    assert [row.where for row in batch.pop("bad_rows")] == ["x"]
+    assert [row.where for row in batch["bad_rows"]] == ["x"]
     assert (batch["labels"] == IGNORE_INDEX).all()
     model = HicoForConditionalGeneration.from_pretrained(folder / "init").train()
     model.loss_function = TokenLoss()
@@ -379,7 +216,7 @@ def test_evaluation_weighs_tokens_alike_and_the_best_model_is_loaded(folder):
     model = HicoForConditionalGeneration.from_pretrained(final).eval()
     dataset, some = examples(make(folder))
     batch = Collator(dataset.processor)(some)
-    inputs = {name: value for name, value in batch.items() if name not in ("modality", "bad_rows")}
+    inputs = {name: value for name, value in batch.items() if name not in ("modality", "num_rows", "bad_rows")}
     assert model(**inputs).loss.item() == pytest.approx(best["eval_loss"], rel=1e-2)
 
 
@@ -417,7 +254,7 @@ def test_bad_rows_are_skipped_counted_and_listed(broken, caplog):
 
 
 def test_too_many_bad_rows_stop_the_run(broken):
-    with pytest.raises(RuntimeError, match=r"1 of \d+ rows could not be read, more than max_bad_fraction 0\.005"):
+    with pytest.raises(SampleError, match=r"1 of \d+ rows could not be read, more than max_bad_fraction 0\.005"):
         run.run_stage(make(broken, on_bad_sample="skip", max_bad_fraction=0.005))
 
 
@@ -425,57 +262,6 @@ def test_missing_files_are_an_error_before_the_first_step(folder):
     (folder / "3.mp4").unlink()
     with pytest.raises(FileNotFoundError, match=r"1 file\(s\) of the mixture are missing: .*3\.mp4"):
         run.run_stage(make(folder))
-
-
-# Chains ----------------------------------------------------------------------------------------------------------
-
-CHAIN = """
-model: {folder}/init
-output_dir: {folder}/chain
-stages:
-  - {{name: first, trainable: [projector], data: mix.yaml, image_size: 24, max_steps: 2}}
-  - {{name: second, data: mix.yaml, image_size: 48, max_steps: 2}}
-max_frames: 4
-max_length: 2048
-per_device_train_batch_size: 2
-disable_tqdm: true
-decode_timeout: null
-use_cpu: true
-"""
-
-
-def test_a_chain_trains_stage_after_stage_and_skips_finished_ones(folder, capsys):
-    path = folder / "chain.yaml"
-    path.write_text(CHAIN.format(folder=folder))
-    assert main(["--config", str(path)]) == 0
-    first, second = folder / "chain/first/final", folder / "chain/second/final"
-    assert is_complete(first)
-    assert is_complete(second)
-    model = HicoForConditionalGeneration.from_pretrained(second)
-    assert model.config.vision.image_size == 48
-    assert HicoForConditionalGeneration.from_pretrained(first).config.vision.image_size == 24
-    times = [(stage / "model.safetensors").stat().st_mtime_ns for stage in (first, second)]
-    shutil.rmtree(second)
-    assert main(["--config", str(path)]) == 0
-    assert (first / "model.safetensors").stat().st_mtime_ns == times[0]
-    torch.testing.assert_close(dict(model.named_parameters()), weights(second), rtol=0, atol=0)
-
-
-def test_a_dry_run_says_what_would_be_done(folder, capsys):
-    path = folder / "chain.yaml"
-    path.write_text(CHAIN.format(folder=folder))
-    assert main(["--config", str(path), "--dry_run"]) == 0
-    text = capsys.readouterr().out
-    model = HicoForConditionalGeneration.from_pretrained(folder / "init")
-    projector = sum(parameter.numel() for parameter in model.model.projector.parameters())
-    assert f"projector  {projector:>13,} {projector:>14,}" in text
-    assert "stage first" in text
-    assert "stage second" in text
-    assert text.count("steps: 2") == 2
-    assert "rows                                 12           12  all" in text
-    assert "tokens per step" in text
-    assert "GiB" in text
-    assert not (folder / "chain").exists()
 
 
 # Bad input --------------------------------------------------------------------------------------------------------
@@ -599,35 +385,6 @@ def test_a_gpu_trains_in_half_precision(folder):
     on_gpu = train(make(folder, max_steps=3, use_cpu=False, bf16=True, gradient_checkpointing=True))
     expected = losses(on_cpu.state.log_history)
     assert losses(on_gpu.state.log_history) == pytest.approx(expected, rel=0.02)
-
-
-def test_adapters_learn_are_resumed_and_merged(folder, monkeypatch):
-    pytest.importorskip("peft")
-    common = {"trainable": ["projector"], "lora": {"r": 2}, "save_strategy": "steps", "save_steps": 2}
-    whole = run.run_stage(make(folder, output_dir=str(folder / "whole"), **common))
-    recipe = make(folder, **common)
-    with monkeypatch.context() as patch:
-        killed_after(3, patch)
-        with pytest.raises(Killed):
-            run.run_stage(recipe)
-    resumed = run.run_stage(recipe)
-    assert losses(history(resumed)) == losses(history(whole))
-    assert cli.main(["merge-lora", str(resumed), str(folder / "merged")]) == 0
-    before, merged = weights(folder / "init"), weights(folder / "merged")
-    changed = {name for name in merged if not torch.equal(merged[name], before[name])}
-    assert all(".projector." in name or "_proj." in name for name in changed)
-    assert any(".projector." in name for name in changed)
-    assert any("language_model" in name for name in changed)
-    next_stage = train(make(folder, model=str(resumed), output_dir=str(folder / "next"), max_steps=1))
-    same_stage = train(make(folder, model=str(folder / "merged"), output_dir=str(folder / "same"), max_steps=1))
-    assert losses(next_stage.state.log_history) == losses(same_stage.state.log_history)
-
-
-def test_merging_needs_adapters_and_a_new_folder(folder, capsys):
-    assert cli.main(["merge-lora", str(folder / "init"), str(folder / "merged")]) == 1
-    assert "holds no adapter_config.json" in capsys.readouterr().err
-    assert cli.main(["merge-lora", str(folder / "init"), str(folder / "init")]) == 1
-    assert "init exists" in capsys.readouterr().err
 
 
 def test_the_utilisation_is_reported_if_the_peak_is_known(folder):

@@ -10,7 +10,9 @@ from PIL import Image
 
 from hico import HicoConfig, HicoForConditionalGeneration, HicoProcessor
 from hico.tokenizer import byte_tokenizer
+from hico.train import run
 from hico.train.config import Recipe, make_recipe
+from hico.train.stage_trainer import StageTrainer
 
 ENCODER = {"name": "umt", "image_size": 24, "patch_size": 12, "hidden_size": 16, "depth": 2, "num_heads": 2}
 LLM = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -83,3 +85,31 @@ def make(folder: Path, **changes) -> Recipe:
         "seed": 3,
     }
     return make_recipe({**settings, **changes})
+
+
+def trainer_for(recipe: Recipe) -> StageTrainer:
+    """Put the trainer of a recipe together."""
+    return run.make_trainer(recipe, run.training_arguments(recipe), run.prepare(recipe))
+
+
+def train(recipe: Recipe) -> StageTrainer:
+    """Train and return the trainer."""
+    trainer = trainer_for(recipe)
+    trainer.train()
+    return trainer
+
+
+def losses(history) -> dict[int, float]:
+    """Return the logged losses by step."""
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+
+def history(final: str | Path) -> list[dict]:
+    """Return what a stage logged."""
+    return json.loads((Path(final) / "trainer_state.json").read_text())["log_history"]
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    """Return the parameters of a saved model."""
+    model = HicoForConditionalGeneration.from_pretrained(folder)
+    return dict(model.named_parameters())

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 MANIFEST = "manifest.json"
 STAGING = ".saving"
@@ -28,10 +29,10 @@ def publish(staged: Path, target: Path, manifest: Mapping[str, Any]) -> None:
     Args:
         staged: the folder, on the file system of ``target``.
         target: its name from now on; an incomplete folder of that name is replaced.
-        manifest: what to say about it; the sizes of its files are added.
+        manifest: what to say about it; a unique ``id`` and the sizes of its files are added.
     """
     files = {str(path.relative_to(staged)): path.stat().st_size for path in _files(staged)}
-    (staged / MANIFEST).write_text(json.dumps({**manifest, "files": files}, indent=1))
+    (staged / MANIFEST).write_text(json.dumps({**manifest, "id": uuid4().hex, "files": files}, indent=1))
     for path in [*_files(staged), *(path for path in staged.rglob("*") if path.is_dir()), staged]:
         _flush(path)
     discard(target)

@@ -20,8 +20,9 @@ class Collator:
     """Put examples into a batch.
 
     A batch holds ``input_ids`` and ``labels`` ``(B, S)``, ``attention_mask`` or, if packed, ``position_ids``; the
-    rows' pixels; ``modality`` ``(B, S)``, that of the row at every token; and ``bad_rows``, those left out. A batch
-    that lacks rows gets a black image or video in a row of its own, without labels: it adds nothing to the loss.
+    rows' pixels; ``modality`` ``(B, S)``, that of the row at every token; ``num_rows``, how many were asked for; and
+    ``bad_rows``, those of them left out. A batch that lacks rows gets a black image or video in a row of its own,
+    without labels: it adds nothing to the loss.
 
     Args:
         processor: of the model.
@@ -49,7 +50,7 @@ class Collator:
             if values := [row[name] for row in rows if name in row]:
                 batch[name] = torch.cat(values)
         # With a cache, transformers takes packed rows for one: it looks for their borders only without.
-        return {**batch, "use_cache": False, "bad_rows": bad_rows}
+        return {**batch, "use_cache": False, "num_rows": len(examples), "bad_rows": bad_rows}
 
     def _pad(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         pad_id = self.processor.tokenizer.pad_token_id

@@ -46,24 +46,47 @@ def add_lora(
     return peft.get_peft_model(model, config)
 
 
-def load_merged(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> HicoForConditionalGeneration:
-    """Load the model that adapters were trained on, with them merged in.
+def load_model(
+    folder: str | Path, *, config: HicoConfig | None = None, dtype: torch.dtype = torch.float32, **options: Any
+) -> HicoForConditionalGeneration:
+    """Load a model; adapters are merged into the model that they were trained on.
 
     Args:
-        folder: what a stage with ``lora`` made; it names the model.
+        folder: a checkpoint, or what a stage with ``lora`` made, which names the model below; that may have been made
+            the same way.
+        config: to load it with; its own if omitted.
         dtype: of the result.
+        options: of `HicoForConditionalGeneration.from_pretrained`.
+
+    Returns:
+        The model; adapters that are put on it will name ``folder`` as theirs.
 
     Raises:
-        ImportError: if peft is not installed.
+        ImportError: if there are adapters, and peft is not installed.
         FileNotFoundError: if the model that the adapters belong to is gone.
+        ValueError: if weights are of other sizes than the configuration asks for.
     """
-    peft = _peft()
-    base = Path(peft.PeftConfig.from_pretrained(folder).base_model_name_or_path)
-    if not base.is_dir():
-        raise FileNotFoundError(f"{folder} holds adapters for {base}, which does not exist; put it back there")
-    config = HicoConfig.from_pretrained(folder)
-    model = HicoForConditionalGeneration.from_pretrained(base, config=config, dtype=dtype)
-    return peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
+    config = HicoConfig.from_pretrained(folder) if config is None else config
+    if (Path(folder) / ADAPTER_CONFIG).is_file():
+        peft = _peft()
+        below = Path(peft.PeftConfig.from_pretrained(folder).base_model_name_or_path)
+        if not below.is_dir():
+            raise FileNotFoundError(
+                f"{folder} holds adapters for {below}, which does not exist; put it back there, or write where it is "
+                f"into base_model_name_or_path of {Path(folder) / ADAPTER_CONFIG}"
+            )
+        model = load_model(below, config=config, dtype=dtype, **options)
+        model = peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
+    else:
+        try:
+            model = HicoForConditionalGeneration.from_pretrained(folder, config=config, dtype=dtype, **options)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the weights in {folder} are of other sizes than its configuration with the recipe's changes "
+                f"(image_size, model_config) asks for: {error}"
+            ) from error
+    model.name_or_path = str(Path(folder).resolve())
+    return model
 
 
 def merge_lora(folder: str | Path, output: str | Path) -> None:
@@ -81,7 +104,7 @@ def merge_lora(folder: str | Path, output: str | Path) -> None:
         raise FileExistsError(f"{output} exists; name a folder that does not")
     if not (Path(folder) / ADAPTER_CONFIG).is_file():
         raise FileNotFoundError(f"{folder} holds no {ADAPTER_CONFIG}; give the result of a stage with lora")
-    load_merged(folder).save_pretrained(output)
+    load_model(folder).save_pretrained(output)
     HicoProcessor.from_pretrained(folder).save_pretrained(output)
 
 

@@ -9,7 +9,6 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hico.modeling_hico import HicoForConditionalGeneration
-from hico.train.batching import BatchRule, BatchSampler
 from hico.train.config import Recipe
 from hico.train.parts import count_parameters, freeze, part_of
 from hico.train.run import Prepared
@@ -52,7 +51,7 @@ def dry_run(recipe: Recipe, prepared: Prepared, *, world_size: int) -> str:
     if prepared.eval_rows is not None:
         lines.append(f"held out: {len(prepared.eval_rows):,} rows")
     accumulation = recipe.gradient_accumulation(world_size)
-    sampler = make_sampler(recipe, prepared, world_size)
+    sampler = prepared.sampler(world_size=world_size)
     steps = -(-len(sampler) // accumulation) * recipe.arguments.get("num_train_epochs", 3)
     if recipe.arguments.get("max_steps", -1) > 0:
         steps = recipe.arguments["max_steps"]
@@ -68,19 +67,6 @@ def dry_run(recipe: Recipe, prepared: Prepared, *, world_size: int) -> str:
         *_memory(recipe, prepared, model, world_size),
     ]
     return "\n".join(lines)
-
-
-def make_sampler(recipe: Recipe, prepared: Prepared, world_size: int) -> BatchSampler:
-    """Return the sampler of the first of ``world_size`` devices."""
-    rule = BatchRule(recipe.rows_per_device, recipe.max_tokens_per_batch, recipe.packing, recipe.group_by_length)
-    return BatchSampler(
-        rule,
-        prepared.rows,
-        lengths=prepared.lengths[prepared.rows],
-        modality=prepared.mixture.modality[prepared.rows],
-        seed=recipe.arguments.get("seed", 42),
-        world_size=world_size,
-    )
 
 
 def _memory(recipe: Recipe, prepared: Prepared, model: HicoForConditionalGeneration, world_size: int) -> list[str]:

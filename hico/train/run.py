@@ -10,23 +10,24 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from transformers import TrainingArguments, set_seed
 
 from hico.configuration_hico import HicoConfig
 from hico.llm_dropout.schedule import DropSchedule
-from hico.modeling_hico import HicoForConditionalGeneration
 from hico.processing_hico import HicoProcessor
-from hico.train import checkpoint
+from hico.train import checkpoint, provenance
+from hico.train.batching import BatchRule, BatchSampler
 from hico.train.config import Recipe
 from hico.train.dataset import TrainingRows, frame_settings
 from hico.train.lengths import estimate_lengths
-from hico.train.lora import ADAPTER_CONFIG, add_lora, load_merged
+from hico.train.lora import add_lora, load_model
 from hico.train.mixture import Mixture, read_mixture
 from hico.train.parts import freeze
+from hico.train.safeguards import BadRows
+from hico.train.stage_trainer import StageTrainer
 from hico.train.throughput import FlopCounter, peak_tflops
-from hico.train.tracks import pretrain_encoder
+from hico.train.tracks import TrackTrainer
 from hico.train.trainer import HicoTrainer, unwrapped
 from hico.video_io import read_video
 
@@ -40,6 +41,7 @@ STOPPED = 143
 class Prepared:
     """What a stage needs beside weights, checked."""
 
+    recipe: Recipe
     config: HicoConfig
     processor: HicoProcessor
     schedule: DropSchedule
@@ -49,6 +51,38 @@ class Prepared:
     eval_mixture: Mixture | None
     eval_rows: np.ndarray | None
     eval_lengths: np.ndarray | None
+
+    def sampler(self, *, rank: int = 0, world_size: int = 1) -> BatchSampler:
+        """Return the training batches of a device."""
+        return BatchSampler(
+            self._rule(self.recipe.rows_per_device),
+            self.rows,
+            lengths=self.lengths[self.rows],
+            modality=self.mixture.modality[self.rows],
+            seed=self.recipe.arguments.get("seed", 42),
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def eval_sampler(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> BatchSampler:
+        """Return a device's share of the held-out rows, in their order."""
+        return BatchSampler(
+            self._rule(batch_size),
+            self.eval_rows,
+            lengths=self.eval_lengths[self.eval_rows],
+            modality=self.eval_mixture.modality[self.eval_rows],
+            seed=None,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def order(self, args: TrainingArguments) -> dict[str, Any]:
+        """Describe the order in which rows are trained on, see `hico.train.provenance.row_order`."""
+        return provenance.row_order(self.sampler(), args.gradient_accumulation_steps * args.world_size)
+
+    def _rule(self, batch_size: int) -> BatchRule:
+        recipe = self.recipe
+        return BatchRule(batch_size, recipe.max_tokens_per_batch, recipe.packing, recipe.group_by_length)
 
 
 def run_chain(recipes: Sequence[Recipe]) -> Path:
@@ -76,53 +110,54 @@ def run_stage(recipe: Recipe) -> Path:
     output_dir = Path(recipe.output_dir)
     final = output_dir / checkpoint.FINAL
     if checkpoint.is_complete(final):
+        provenance.check_finished(final, recipe)
         _announce("stage %s is finished: %s is there; remove it to train again", recipe.name, final)
         return final
     # Before anything is loaded: under ZeRO-3 the arguments decide how weights are placed.
     args = training_arguments(recipe)
-    prepared = prepare(recipe, is_first=args.process_index == 0)
-    if recipe.objective == "tracks":
-        set_seed(args.seed)
-        rows = TrainingRows(prepared.mixture, prepared.processor, recipe, seed=args.seed)
-        return pretrain_encoder(load_model(recipe, prepared.config), args, rows)
-    trainer = make_trainer(recipe, args, prepared)
-    last = checkpoint.checkpoints(output_dir)[-1:]
+    trainer = make_trainer(recipe, args, prepare(recipe, is_first=args.process_index == 0))
+    last = next(reversed(checkpoint.checkpoints(output_dir)), None)
     if last:
-        check_same_data(last[0], trainer.manifest)
-        trainer.bad_rows.resume(int(last[0].name.partition("-")[2]))
-        _announce("stage %s goes on from %s", recipe.name, last[0])
-    trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
+        changed = provenance.check_resumable(last, trainer.manifest)
+        _announce("stage %s goes on from %s%s", recipe.name, last, f", though {changed}" if changed else "")
+    trainer.train_from(last)
     if trainer.stop_on_signal.received:
         sys.exit(STOPPED)
     return trainer.save_final()
 
 
-def make_trainer(recipe: Recipe, args: TrainingArguments, prepared: Prepared) -> HicoTrainer:
+def make_trainer(recipe: Recipe, args: TrainingArguments, prepared: Prepared) -> StageTrainer:
     """Load the model, freeze what does not learn, and put the trainer together."""
     set_seed(args.seed)
-    model = load_model(recipe, prepared.config)
+    model = load_model(recipe.model, config=prepared.config, attn_implementation=recipe.attn_implementation)
+    set_seed(args.seed)  # merging adapters draws numbers, and what follows must not depend on it
+    common = {
+        "manifest": provenance.manifest(recipe, prepared.mixture, order=prepared.order(args)),
+        "bad_rows": BadRows(Path(args.output_dir), args.process_index, recipe.max_bad_fraction),
+    }
+    dataset = TrainingRows(prepared.mixture, prepared.processor, recipe, seed=args.seed)
+    if recipe.objective == "tracks":
+        return TrackTrainer(model, args, rows=dataset, **common)
     if recipe.lora is not None:
         model = add_lora(model, recipe.lora, trainable=recipe.trainable)
     freeze(model, recipe.trainable)
     if recipe.drop_schedule is not None:
         unwrapped(model).set_drop_schedule(prepared.schedule)
-    dataset = TrainingRows(prepared.mixture, prepared.processor, recipe, seed=args.seed)
     eval_dataset = prepared.eval_mixture and TrainingRows(
         prepared.eval_mixture, prepared.processor, recipe, seed=args.seed
     )
+    place = {"rank": args.process_index, "world_size": args.world_size}
     return HicoTrainer(
         model,
         args,
         recipe=recipe,
         dataset=dataset,
-        rows=prepared.rows,
-        lengths=prepared.lengths,
+        sampler=prepared.sampler(**place),
         eval_dataset=eval_dataset,
-        eval_rows=prepared.eval_rows,
-        eval_lengths=prepared.eval_lengths,
+        eval_sampler=eval_dataset and prepared.eval_sampler(args.per_device_eval_batch_size, **place),
         flops=FlopCounter(unwrapped(model), prepared.schedule),
         peak_tflops=recipe.peak_tflops or peak_tflops(),
-        manifest={"stage": recipe.name, **prepared.mixture.manifest()},
+        **common,
     )
 
 
@@ -149,7 +184,7 @@ def prepare(recipe: Recipe, *, is_first: bool = True) -> Prepared:
     elif recipe.eval_fraction:
         rows, eval_rows = mixture.split(recipe.eval_fraction)
         eval_mixture, eval_lengths = mixture, lengths
-    return Prepared(config, processor, schedule, mixture, rows, lengths, eval_mixture, eval_rows, eval_lengths)
+    return Prepared(recipe, config, processor, schedule, mixture, rows, lengths, eval_mixture, eval_rows, eval_lengths)
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -191,25 +226,6 @@ def load_config(recipe: Recipe) -> tuple[HicoConfig, HicoProcessor]:
     processor = HicoProcessor.from_pretrained(folder)
     processor.vision, processor.time_message = config.vision, recipe.time_message
     return config, processor
-
-
-def load_model(recipe: Recipe, config: HicoConfig) -> HicoForConditionalGeneration:
-    """Load the weights in float32; mixed precision is the trainer's.
-
-    Raises:
-        ValueError: if they do not fit the configuration.
-    """
-    if (Path(recipe.model) / ADAPTER_CONFIG).is_file():
-        return load_merged(recipe.model)
-    try:
-        return HicoForConditionalGeneration.from_pretrained(
-            recipe.model, config=config, dtype=torch.float32, attn_implementation=recipe.attn_implementation
-        )
-    except RuntimeError as error:
-        raise ValueError(
-            f"the weights in {recipe.model} are of other sizes than its configuration with the recipe's changes "
-            f"(image_size, model_config) asks for: {error}"
-        ) from error
 
 
 def read_schedule(recipe: Recipe, config: HicoConfig) -> DropSchedule:
@@ -257,17 +273,6 @@ def check_frames(recipe: Recipe, clip_len: int) -> None:
             read_video(folder, clip_len=clip_len, **{**frame_settings(recipe), **recipe.video})
         except TypeError as error:
             raise ValueError(f"video: {error}") from error
-
-
-def check_same_data(last: Path, manifest: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` if the data are not those that a checkpoint was trained on."""
-    before = checkpoint.read_manifest(last) or {}
-    for key in ("seed", "datasets"):
-        if before.get(key) != manifest[key]:
-            raise ValueError(
-                f"{last} was trained on other data: {key} was {str(before.get(key))[:300]} and is "
-                f"{str(manifest[key])[:300]}; put the data back, or train into another output_dir"
-            )
 
 
 def _announce(message: str, *values: Any) -> None:

@@ -3,16 +3,16 @@
 import json
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import active_children
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from hico.train.dataset import BadRow
+from hico.train.decoding import SampleError
 
 logger = logging.getLogger(__name__)
 
@@ -23,42 +23,53 @@ class BadRows:
     Args:
         output_dir: where the list ``bad_rows-<rank>.jsonl`` goes.
         rank: of this device.
-        limit: share of the rows seen; it is held against 100 rows at least.
+        limit: share of the rows asked for; it is held against 100 rows at least.
     """
 
     def __init__(self, output_dir: Path, rank: int, limit: float):
         self.path, self.limit = output_dir / f"bad_rows-{rank}.jsonl", limit
-        self.num_seen = 0
-        self._listed: list[dict[str, Any]] = []
+        self.num_rows = 0
+        self._listed: list[dict[str, str]] = []
 
-    def resume(self, step: int) -> None:
-        """Forget rows that were left out after a checkpoint's step; they come again."""
-        if self.path.is_file():
-            entries = [json.loads(line) for line in self.path.read_text().splitlines()]
-            self._listed = [entry for entry in entries if entry["step"] < step]
-            self.num_seen = self._listed[-1]["seen"] if self._listed else 0
-            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in self._listed))
-
-    def add(self, rows: list[BadRow], step: int) -> None:
-        """Count rows left out at a step.
+    def count(self, num_rows: int, left_out: Sequence[BadRow]) -> None:
+        """Count rows that were asked for, and those of them that were left out.
 
         Raises:
-            RuntimeError: if they are too many.
+            SampleError: if these are too many.
         """
-        for row in rows:
-            if row.where not in {entry["where"] for entry in self._listed}:
+        self.num_rows += num_rows
+        if not left_out:
+            return
+        known = {entry["where"] for entry in self._listed}
+        for row in left_out:
+            if row.where not in known:
                 logger.warning("left out the row at %s: %s", row.where, row.reason)
-            self.num_seen += 1
-            self._listed.append({"step": step, "seen": self.num_seen, "where": row.where, "reason": row.reason})
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(json.dumps(self._listed[-1]) + "\n")
-        count, seen = len(self._listed), max(self.num_seen, 100)
-        if rows and count > self.limit * seen:
-            raise RuntimeError(
-                f"{count} of {self.num_seen} rows could not be read, more than max_bad_fraction {self.limit:g}; they "
-                f"are listed with their reasons in {self.path}. The last: {rows[-1].where}: {rows[-1].reason}"
+        entries = [{"where": row.where, "reason": row.reason} for row in left_out]
+        self._listed += entries
+        self._write(entries, "a")
+        count, last = len(self._listed), left_out[-1]
+        if count > self.limit * max(self.num_rows, 100):
+            raise SampleError(
+                f"{count} of {self.num_rows} rows could not be read, more than max_bad_fraction {self.limit:g}; they "
+                f"are listed with their reasons in {self.path}. The last: {last.where}: {last.reason}"
             )
+
+    def save(self, folder: Path) -> None:
+        """Write the counts beside a checkpoint."""
+        (folder / f"{self.path.stem}.json").write_text(json.dumps({"num_rows": self.num_rows, "rows": self._listed}))
+
+    def load(self, folder: Path | None) -> None:
+        """Go back to the counts of a checkpoint, or to none: what was left out since comes again."""
+        path = folder and folder / f"{self.path.stem}.json"
+        state = json.loads(path.read_text()) if path and path.is_file() else {"num_rows": 0, "rows": []}
+        self.num_rows, self._listed = state["num_rows"], state["rows"]
+        if self._listed or self.path.is_file():
+            self._write(self._listed, "w")
+
+    def _write(self, entries: list[dict[str, str]], mode: str) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open(mode) as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
 
 
 class StopOnSignal(TrainerCallback):

@@ -3,6 +3,7 @@
 This stands in for the large-scale pre-training that published encoders come with, where there is no such encoder.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hico.encoders.base import VisionEncoder
 from hico.modeling_hico import HicoForConditionalGeneration
 from hico.preprocessing import normalize_pixels
-from hico.train import checkpoint
-from hico.train.dataset import TrainingRows
+from hico.train.dataset import BadRow, TrainingRows
 from hico.train.mixture import Mixture
+from hico.train.safeguards import BadRows
+from hico.train.stage_trainer import StageTrainer
 
 BACKGROUND_WEIGHT = 0.15
 """Weight of a patch that shows no part of a figure; most patches do not."""
@@ -91,29 +94,38 @@ class Tracks(Dataset):
         rows: training rows with a video of one clip each. Two keys of theirs are particular to tracks: ``labels``,
             such as ``{"shape": "circle"}``, and ``boxes``, one ``[left, top, right, bottom]`` per frame.
         num_workers: processes that decode.
+        bad_rows: counts rows that cannot be read, which are left out.
 
     Raises:
         ValueError: if a row lacks them, or its video is not one clip.
+        SampleError: if rows cannot be read, as `hico.train.dataset.TrainingRows` and `BadRows` say.
     """
 
-    def __init__(self, rows: TrainingRows, *, num_workers: int = 0):
-        numbers = range(len(rows))
-        facts = [_facts(rows.mixture, number) for number in numbers]
+    def __init__(self, rows: TrainingRows, *, bad_rows: BadRows, num_workers: int = 0):
+        facts = [_facts(rows.mixture, number) for number in range(len(rows))]
+        batches = [
+            [(0, number) for number in range(len(rows))[start : start + 100]] for start in range(0, len(rows), 100)
+        ]
+        loader = DataLoader(rows, batch_sampler=batches, collate_fn=list, num_workers=num_workers)
+        clips, left_out = [], []
+        for example in itertools.chain.from_iterable(loader):
+            (left_out if isinstance(example, BadRow) else clips).append(example)
+        bad_rows.load(None)
+        bad_rows.count(len(rows), left_out)
+        without = {row.index for row in left_out}
+        facts = [row for number, row in enumerate(facts) if number not in without]
+        self._clips = torch.cat([example["pixel_values_videos"] for example in clips])
+        if len(self._clips) != len(facts):
+            raise ValueError(
+                f"{len(facts)} videos make {len(self._clips)} clips; tracks take one clip of each, so set "
+                "max_frames to the length of a clip"
+            )
         names = list(facts[0]["labels"])
         self.classes = {name: sorted({row["labels"][name] for row in facts}) for name in names}
         self._classes = torch.tensor(
             [[1 + self.classes[name].index(row["labels"][name]) for name in names] for row in facts]
         )
         self._boxes = torch.tensor([row["boxes"] for row in facts])
-        batches = [[(0, number) for number in numbers[start : start + 100]] for start in numbers[::100]]
-        self._clips = torch.cat(
-            list(DataLoader(rows, batch_sampler=batches, collate_fn=_clips, num_workers=num_workers))
-        )
-        if len(self._clips) != len(facts):
-            raise ValueError(
-                f"{len(facts)} videos make {len(self._clips)} clips; tracks take one clip of each, so set "
-                "max_frames to the length of a clip"
-            )
 
     def __len__(self) -> int:
         return len(self._clips)
@@ -122,31 +134,47 @@ class Tracks(Dataset):
         return {"clips": self._clips[index], "classes": self._classes[index], "boxes": self._boxes[index]}
 
 
-def pretrain_encoder(model: HicoForConditionalGeneration, args: TrainingArguments, rows: TrainingRows) -> Path:
+class TrackTrainer(StageTrainer):
     """Train the encoder of a model on tracks; the other parts stay as they are.
+
+    A checkpoint holds encoder and heads, the result the whole model.
 
     Args:
         model: learns in place.
-        args: of the trainer.
+        args: training arguments.
         rows: see `Tracks`.
+        bad_rows: counts those that cannot be read.
+        options: of `StageTrainer`.
 
-    Returns:
-        The folder of the trained model.
+    Raises:
+        ValueError: if weights are sharded over devices.
     """
-    tracks = Tracks(rows, num_workers=args.dataloader_num_workers)
-    trainer = Trainer(TrackModel(model.model.encoder, tracks.classes), args, train_dataset=tracks)
-    trainer.train()
-    output_dir = Path(args.output_dir)
-    if args.should_save:
-        checkpoint.clean(output_dir)
-        staged = output_dir / checkpoint.STAGING / checkpoint.FINAL
-        model.save_pretrained(staged)
-        rows.processor.save_pretrained(staged)
-        trainer.state.save_to_json(str(staged / "trainer_state.json"))
-        manifest = {"stage": rows.recipe.name, "step": trainer.state.global_step, **rows.mixture.manifest()}
-        checkpoint.publish(staged, output_dir / checkpoint.FINAL, manifest)
-    trainer.accelerator.wait_for_everyone()
-    return output_dir / checkpoint.FINAL
+
+    def __init__(
+        self,
+        model: HicoForConditionalGeneration,
+        args: TrainingArguments,
+        *,
+        rows: TrainingRows,
+        bad_rows: BadRows,
+        **options: Any,
+    ):
+        if is_deepspeed_zero3_enabled() or args.fsdp:
+            raise ValueError("objective 'tracks' trains an encoder whole on every device; use DDP, ZeRO-1 or ZeRO-2")
+        tracks = Tracks(rows, bad_rows=bad_rows, num_workers=args.dataloader_num_workers)
+        self._result = model, rows.processor
+        learner = TrackModel(model.model.encoder, tracks.classes)
+        super().__init__(learner, args, bad_rows=bad_rows, train_dataset=tracks, **options)
+
+    def train_from(self, last: Path | None) -> None:
+        """Train from the beginning, or go on from a checkpoint; rows are read and counted already."""
+        self.train(resume_from_checkpoint=str(last) if last else None)
+
+    def save_result(self, folder: Path) -> None:
+        """Write the whole model with the trained encoder, and its processor."""
+        if self.args.should_save:
+            for part in self._result:
+                part.save_pretrained(folder)
 
 
 def _facts(mixture: Mixture, number: int) -> Mapping[str, Any]:
@@ -157,7 +185,3 @@ def _facts(mixture: Mixture, number: int) -> Mapping[str, Any]:
             f"the row at {mixture.record(number).where} has no {' and no '.join(missing)}, which tracks need"
         )
     return row
-
-
-def _clips(examples: Sequence[Mapping[str, Any]]) -> Tensor:
-    return torch.cat([example["pixel_values_videos"] for example in examples])

@@ -1,30 +1,28 @@
-"""`HicoTrainer`: `transformers.Trainer` with parts, an order of rows that can be resumed, and whole checkpoints."""
+"""`HicoTrainer`: trains a model in parts, on rows whose order can be resumed."""
 
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hico.prompt import IGNORE_INDEX
-from hico.train import checkpoint
-from hico.train.batching import BatchRule, BatchSampler, EpochLoader
+from hico.train.batching import BatchSampler, EpochLoader
 from hico.train.collator import Collator
 from hico.train.config import Recipe
 from hico.train.dataset import TrainingRows
 from hico.train.parts import parameter_groups
-from hico.train.safeguards import AlignLogs, BadRows, StopOnSignal, outlive_sigterm, workers_end_with_training
+from hico.train.safeguards import outlive_sigterm
+from hico.train.stage_trainer import StageTrainer
 from hico.train.throughput import FlopCounter, Meter, TokenLoss, losses_by_modality
 
 
-class HicoTrainer(Trainer):
+class HicoTrainer(StageTrainer):
     """Train one stage.
 
     What differs from `transformers.Trainer`: the order of batches and every random choice in the data follow from
@@ -37,14 +35,12 @@ class HicoTrainer(Trainer):
         args: training arguments.
         recipe: of the stage.
         dataset: training rows.
-        rows: numbers of the rows to train on.
-        lengths: estimated tokens of every row of ``dataset``.
+        sampler: this device's batches of them.
         eval_dataset: rows to evaluate on, if any.
-        eval_rows: their numbers.
-        eval_lengths: their estimated tokens.
+        eval_sampler: this device's batches of those.
         flops: counts operations, for the utilisation.
         peak_tflops: of one device; no utilisation if omitted.
-        manifest: written beside every checkpoint.
+        options: of `StageTrainer`.
     """
 
     def __init__(
@@ -54,20 +50,16 @@ class HicoTrainer(Trainer):
         *,
         recipe: Recipe,
         dataset: TrainingRows,
-        rows,
-        lengths,
+        sampler: BatchSampler,
         eval_dataset: TrainingRows | None = None,
-        eval_rows=None,
-        eval_lengths=None,
+        eval_sampler: BatchSampler | None = None,
         flops: FlopCounter | None = None,
         peak_tflops: float | None = None,
-        manifest: Mapping[str, Any] | None = None,
+        **options: Any,
     ):
-        self.recipe, self.rows, self.lengths = recipe, rows, lengths
-        self.eval_rows, self.eval_lengths = eval_rows, eval_lengths
-        self.flops, self.manifest = flops, dict(manifest or {})
-        self.meter = Meter(peak_tflops if flops else None)
-        self.token_loss, self.stop_on_signal = TokenLoss(), StopOnSignal()
+        self.recipe, self.sampler, self.eval_sampler = recipe, sampler, eval_sampler
+        self.flops, self.meter = flops, Meter(peak_tflops if flops else None)
+        self.token_loss = TokenLoss()
         unwrapped(model).loss_function = self.token_loss
         # Where the LLM is frozen, text alone has nothing to learn from, and its loss no gradient.
         llm_learns = "llm" in recipe.trainable or recipe.lora is not None
@@ -80,7 +72,7 @@ class HicoTrainer(Trainer):
             train_dataset=dataset,
             eval_dataset=eval_dataset,
             processing_class=dataset.processor,
-            callbacks=[self.stop_on_signal, AlignLogs()],
+            **options,
         )
         if args.world_size > 1 and (is_deepspeed_zero3_enabled() or self.is_fsdp_enabled):
             # Devices gather sharded weights together, so all must run the encoder equally often: once per batch for
@@ -88,50 +80,26 @@ class HicoTrainer(Trainer):
             collator.needed = "both"
             core = unwrapped(model).model
             core.encode = partial(core.encode, clips_per_chunk=sys.maxsize)
-        self.bad_rows = BadRows(Path(args.output_dir), args.process_index, recipe.max_bad_fraction)
         self._since = time.perf_counter()
         self._visual_ids = dataset.visual_ids
 
     def train(self, *args, **kwargs):
         """Train; see `transformers.Trainer.train`."""
         self._since = time.perf_counter()
-        with self.stop_on_signal.listening(), workers_end_with_training():
-            return super().train(*args, **kwargs)
+        return super().train(*args, **kwargs)
 
     # Data ---------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> EpochLoader:
         """Return the loader of this device; accelerate neither shards nor shuffles it again."""
-        return self._loader(
-            self.train_dataset,
-            self.rows,
-            self.lengths,
-            batch_size=self.args.per_device_train_batch_size,
-            seed=self.args.seed,
-        )
+        return self._loader(self.train_dataset, self.sampler)
 
     def get_eval_dataloader(self, eval_dataset=None) -> EpochLoader:
         """Return the loader of this device's share of the held-out rows, in their order."""
-        return self._loader(
-            self.eval_dataset,
-            self.eval_rows,
-            self.eval_lengths,
-            batch_size=self.args.per_device_eval_batch_size,
-            seed=None,
-        )
+        return self._loader(self.eval_dataset, self.eval_sampler)
 
-    def _loader(self, dataset: TrainingRows, rows, lengths, *, batch_size: int, seed: int | None) -> EpochLoader:
-        args, recipe = self.args, self.recipe
-        rule = BatchRule(batch_size, recipe.max_tokens_per_batch, recipe.packing, recipe.group_by_length)
-        sampler = BatchSampler(
-            rule,
-            rows,
-            lengths=lengths[rows],
-            modality=dataset.mixture.modality[rows],
-            seed=seed,
-            rank=args.process_index,
-            world_size=args.world_size,
-        )
+    def _loader(self, dataset: TrainingRows, sampler: BatchSampler) -> EpochLoader:
+        args = self.args
         return EpochLoader(
             dataset,
             batch_sampler=sampler,
@@ -147,10 +115,7 @@ class HicoTrainer(Trainer):
         """Take the batches of one step from the loader, and note how long that took."""
         batches, num_items = super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
         for batch in batches:
-            left_out = batch.pop("bad_rows")
             self._count(batch)
-            self.bad_rows.add(left_out, self.state.global_step)
-            self.meter.add(bad_rows=len(left_out))
         return batches, num_items
 
     def _timed(self, batches: Iterator) -> Iterator:
@@ -163,13 +128,17 @@ class HicoTrainer(Trainer):
             self.meter.add(wait=time.perf_counter() - start)
             yield batch
 
-    def _count(self, batch: Mapping[str, Tensor]) -> None:
+    def _count(self, batch: dict[str, Any]) -> None:
+        num_rows, left_out = batch.pop("num_rows"), batch.pop("bad_rows")
+        self.bad_rows.count(num_rows, left_out)
         rows = row_sizes(batch, self._visual_ids)
         num_tiles = len(batch["pixel_values"]) if "pixel_values" in batch else 0
         clips = batch["pixel_values_videos"].shape[:2] if "pixel_values_videos" in batch else (0, 0)
-        self.bad_rows.num_seen += len(rows)
         self.meter.add(
-            rows=len(rows), tokens=sum(length for length, _ in rows), frames=clips[0] * clips[1] + num_tiles
+            rows=num_rows - len(left_out),
+            bad_rows=len(left_out),
+            tokens=sum(length for length, _ in rows),
+            frames=clips[0] * clips[1] + num_tiles,
         )
         if self.flops:
             learned = int((batch["labels"] != IGNORE_INDEX).sum())
@@ -212,8 +181,8 @@ class HicoTrainer(Trainer):
         model.eval()
         for batch in self.get_eval_dataloader():
             batch = self._prepare_inputs(batch)
-            left_out, modality = batch.pop("bad_rows"), batch.pop("modality")
-            self.bad_rows.add(left_out, self.state.global_step)
+            self.bad_rows.count(batch.pop("num_rows"), batch.pop("bad_rows"))
+            modality = batch.pop("modality")
             with self.compute_loss_context_manager():
                 model(**batch, logits_to_keep=1)
             meter.add_losses(self.token_loss.last, modality[:, 1:][batch["labels"][:, 1:] != IGNORE_INDEX])
@@ -247,55 +216,11 @@ class HicoTrainer(Trainer):
 
     # Checkpoints --------------------------------------------------------------------------------------------------
 
-    def _get_output_dir(self, trial) -> str:
-        return str(getattr(self, "_staging", None) or super()._get_output_dir(trial))
-
-    def _save_checkpoint(self, model, trial) -> None:
-        step, best = self.state.global_step, self.state.best_global_step
-        output_dir = Path(self.args.output_dir)
-        if best:
-            self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{best}")
-        with self.staged(f"checkpoint-{step}") as staged:
-            self._staging = staged.parent
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._staging = None
-            if best and self.args.should_save:
-                # The parent class looked for the best checkpoint in the staging folder.
-                self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{best}")
-                self.state.save_to_json(str(staged / "trainer_state.json"))
-        if self.args.should_save:
-            checkpoint.rotate(output_dir, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
-
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save and unwrapped(self.model) is not self.model:
             # Adapters are saved without the model's configuration, which a recipe may have changed.
             unwrapped(self.model).config.save_pretrained(output_dir)
-
-    def save_final(self) -> Path:
-        """Publish the trained model as the stage's result."""
-        with self.staged(checkpoint.FINAL) as staged:
-            self.save_model(str(staged))
-            if self.args.should_save:
-                self.state.save_to_json(str(staged / "trainer_state.json"))
-        return Path(self.args.output_dir) / checkpoint.FINAL
-
-    @contextmanager
-    def staged(self, name: str) -> Iterator[Path]:
-        """Yield a folder to write into; it gets its name when all devices have left the block."""
-        output_dir = Path(self.args.output_dir)
-        staged = output_dir / checkpoint.STAGING / name
-        if self.args.should_save:
-            checkpoint.clean(output_dir)
-            staged.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        yield staged
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoint.publish(staged, output_dir / name, {**self.manifest, "step": self.state.global_step})
-        self.accelerator.wait_for_everyone()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

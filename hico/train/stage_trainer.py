@@ -1,0 +1,98 @@
+"""`StageTrainer`: `transformers.Trainer` that obeys signals and whose checkpoints are complete or absent."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from hico.train import checkpoint
+from hico.train.safeguards import AlignLogs, BadRows, StopOnSignal, workers_end_with_training
+
+
+class StageTrainer(Trainer):
+    """Train a stage so that it can be killed at any moment, and goes on where it was left.
+
+    Args:
+        model: what is trained.
+        args: training arguments.
+        manifest: written beside every checkpoint.
+        bad_rows: counts rows that cannot be read; its state is part of a checkpoint.
+        options: of `transformers.Trainer`.
+    """
+
+    def __init__(
+        self, model: nn.Module, args: TrainingArguments, *, manifest: Mapping[str, Any], bad_rows: BadRows, **options
+    ):
+        self.manifest, self.bad_rows = dict(manifest), bad_rows
+        self.stop_on_signal = StopOnSignal()
+        super().__init__(model, args, callbacks=[self.stop_on_signal, AlignLogs()], **options)
+
+    def train(self, *args, **kwargs):
+        """Train; see `transformers.Trainer.train`."""
+        with self.stop_on_signal.listening(), workers_end_with_training():
+            return super().train(*args, **kwargs)
+
+    def train_from(self, last: Path | None) -> None:
+        """Train from the beginning, or go on from a checkpoint."""
+        self.bad_rows.load(last)
+        self.train(resume_from_checkpoint=str(last) if last else None)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """Take the batches of one step from the loader; none if a run of ``max_steps`` is resumed after its last."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def save_final(self) -> Path:
+        """Publish the trained model as the stage's result."""
+        with self.staged(checkpoint.FINAL) as staged:
+            self.save_result(staged)
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / "trainer_state.json"))
+        return Path(self.args.output_dir) / checkpoint.FINAL
+
+    def save_result(self, folder: Path) -> None:
+        """Write the trained model and its processor; all devices take part."""
+        self.save_model(str(folder))
+
+    @contextmanager
+    def staged(self, name: str) -> Iterator[Path]:
+        """Yield a folder to write into; it gets its name when all devices have left the block."""
+        output_dir = Path(self.args.output_dir)
+        staged = output_dir / checkpoint.STAGING / name
+        if self.args.should_save:
+            checkpoint.clean(output_dir)
+            staged.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        yield staged
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoint.publish(staged, output_dir / name, {**self.manifest, "step": self.state.global_step})
+        self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial) -> str:
+        return str(getattr(self, "_staging", None) or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model, trial) -> None:
+        step, best = self.state.global_step, self.state.best_global_step
+        output_dir = Path(self.args.output_dir)
+        if best:
+            self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{best}")
+        with self.staged(f"checkpoint-{step}") as staged:
+            self._staging = staged.parent
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            self.bad_rows.save(staged)
+            if best and self.args.should_save:
+                # The parent class looked for the best checkpoint in the staging folder.
+                self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{best}")
+                self.state.save_to_json(str(staged / "trainer_state.json"))
+        if self.args.should_save:
+            checkpoint.rotate(output_dir, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
