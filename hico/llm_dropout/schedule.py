@@ -121,17 +121,19 @@ class DropSchedule:
                 after each; empty if the layer list is.
 
         Raises:
-            ValueError: if the type is unknown, the lengths do not fit, or the first ratio is not 1.
+            ValueError: if the type is unknown, a list holds anything but numbers, the lengths do not fit, or the
+                first ratio is not 1.
 
         Source: Li et al., "VideoChat-Flash", arXiv:2501.00574, released configuration.
         """
-        if llm_compress_type not in PUBLISHED_TYPES:
+        if not isinstance(llm_compress_type, str) or llm_compress_type not in PUBLISHED_TYPES:
             nearest = get_close_matches(str(llm_compress_type), PUBLISHED_TYPES, n=1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
             raise ValueError(
                 f"unknown llm_compress_type {llm_compress_type!r}{hint} Known: {', '.join(PUBLISHED_TYPES)}"
             )
-        layers, ratios = list(llm_compress_layer_list), list(llm_image_token_ratio_list)
+        layers = _numbers("llm_compress_layer_list", llm_compress_layer_list)
+        ratios = _numbers("llm_image_token_ratio_list", llm_image_token_ratio_list)
         if not layers and len(ratios) <= 1:
             return cls()
         if len(ratios) != len(layers) + 1:
@@ -168,6 +170,13 @@ class DropSchedule:
 
     def __bool__(self) -> bool:
         return bool(self.stages)
+
+
+def _numbers(name: str, values: Any) -> list[float]:
+    is_list = isinstance(values, Sequence) and not isinstance(values, str)
+    if not is_list or any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
+        raise ValueError(f"{name} is {values!r}; it must be a list of numbers")
+    return list(values)
 
 
 def _parse_stage(text: str) -> DropStage:
