@@ -2,20 +2,29 @@
 
 import os
 import re
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import TrainingArguments
 
+from hico.train.fields import check_keys, check_ranges, check_types, nearest_hint
 from hico.train.stages import STAGES
 
 PARTS = ("encoder", "compressor", "projector", "llm")
 """What can be trained, frozen, or given a learning rate of its own."""
+RANGES = {
+    "at least 1": (
+        *("max_length", "image_size", "global_batch_size", "max_tokens_per_batch", "gradient_accumulation_steps"),
+        *("per_device_train_batch_size", "per_device_eval_batch_size", "save_total_limit"),
+    ),
+    "above 0": ("decode_timeout", "peak_tflops", "num_train_epochs", "save_steps", "logging_steps", "eval_steps"),
+    "0 or above": ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "seed", "dataloader_num_workers"),
+    "from 0 to 1": ("max_bad_fraction",),
+}
+"""How a range is called in `hico.train.fields` -> the keys of recipes that must lie in it."""
 
 
 @dataclass(kw_only=True)
@@ -41,9 +50,9 @@ class Recipe:
     """Rows to take of every dataset, after the dataset's own strategy."""
     objective: str = "answers"
     """What is learned: ``answers``; or ``tracks``, the encoder alone on what moves, see `hico.train.tracks`."""
-    trainable: list = field(default_factory=lambda: list(PARTS))
+    trainable: list[str] = field(default_factory=lambda: list(PARTS))
     """Parts that learn; the others are frozen."""
-    part_learning_rates: dict = field(default_factory=dict)
+    part_learning_rates: dict[str, float] = field(default_factory=dict)
     """Part -> learning rate, where it differs from ``learning_rate``."""
     frame_sampling: str = "dynamic_fps1"
     """How frames are chosen: a mode of `hico.video_io.read_video`."""
@@ -91,8 +100,10 @@ class Recipe:
     """Keywords of `transformers.TrainingArguments`."""
 
     def __post_init__(self):
-        for known in fields(self):
-            _check_type(known.name, getattr(self, known.name), known.type)
+        check_types(vars(self), Recipe)
+        check_types(self.arguments, TrainingArguments)
+        check_ranges({**vars(self), **self.arguments}, RANGES)
+        check_ranges(self.part_learning_rates, {"0 or above": self.part_learning_rates})
         for key, parts in (("trainable", self.trainable), ("part_learning_rates", self.part_learning_rates)):
             for part in parts:
                 if part not in PARTS:
@@ -180,6 +191,7 @@ def load_recipes(path: str | Path, overrides: Mapping[str, Any] | None = None) -
     if "stages" not in settings:
         return [make_recipe({"name": Path(path).stem, **settings, **overrides})]
     chain = {key: overrides.pop(key, settings.pop(key, None)) for key in ("model", "output_dir")}
+    check_types({key: value for key, value in chain.items() if value is not None}, Recipe)
     if chain["output_dir"] is None:
         raise ValueError(f"{path}: a chain needs an output_dir for the folders of its stages")
     stages = settings.pop("stages")
@@ -189,8 +201,11 @@ def load_recipes(path: str | Path, overrides: Mapping[str, Any] | None = None) -
     for number, stage in enumerate(stages, 1):
         if isinstance(stage, str):
             own = {"name": Path(stage).stem, **_read(_beside(Path(path), stage))}
-        else:
+        elif isinstance(stage, Mapping):
             own = {"name": stage.get("extends", f"stage{number}"), **_resolve(stage, Path(path))}
+        else:
+            raise ValueError(f"{path}: stage {number} is {stage!r}; it must be a recipe file or a mapping")
+        check_types({"name": own["name"]}, Recipe)
         own["output_dir"] = str(Path(chain["output_dir"]) / own["name"])
         own["model"] = str(Path(recipes[-1].output_dir) / "final") if recipes else chain["model"] or own.get("model")
         recipes.append(make_recipe({**own, **overrides}, defaults=settings))
@@ -212,16 +227,14 @@ def make_recipe(settings: Mapping[str, Any], *, defaults: Mapping[str, Any] | No
     settings = {**(defaults or {}), **settings}
     preset = settings.pop("extends", None)
     if preset is not None:
-        if preset not in STAGES:
+        if not isinstance(preset, str) or preset not in STAGES:
             raise ValueError(f"extends names {preset!r}{nearest_hint(preset, STAGES)}")
         settings = {"name": preset, **STAGES[preset], **settings}
     own = {known.name for known in fields(Recipe)} - {"arguments"}
     theirs = {known.name for known in fields(TrainingArguments)} - own
-    for key in settings:
-        if key not in own | theirs:
-            raise ValueError(
-                f"unknown recipe key {key!r}{nearest_hint(key, sorted(own | theirs | {'extends', 'stages'}))}"
-            )
+    if "stages" in settings:
+        raise ValueError("stages cannot be set here: they belong in the file of --config, which lists plain stages")
+    check_keys(settings, sorted({*own, *theirs, "extends"}), what="recipe")
     missing = [key for key in ("name", "model", "output_dir", "data") if settings.get(key) is None]
     if missing:
         raise ValueError(f"the recipe {settings.get('name', '')!r} lacks {', '.join(missing)}")
@@ -244,12 +257,22 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
         key, equals, value = word[2:].partition("=")
         if not equals:
             value = words.pop(0) if words and not words[0].startswith("--") else "true"
-        overrides[key.replace("-", "_")] = yaml.load(value, Loader=YamlLoader)
+        overrides[key.replace("-", "_")] = _parse_yaml(value, f"the value of --{key}")
     return overrides
 
 
 class YamlLoader(yaml.SafeLoader):
-    """YAML 1.1 with the floats and truth values of YAML 1.2: ``1e-5`` is a number, ``save_strategy: no`` a word."""
+    """YAML 1.1 with the floats and truth values of YAML 1.2: ``1e-5`` is a number, ``save_strategy: no`` a word.
+
+    A key that stands twice in a mapping is an error.
+    """
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for number, key in enumerate(keys):
+            if key.value in [before.value for before in keys[:number]]:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+        return super().construct_mapping(node, deep=deep)
 
 
 _BOOL = "tag:yaml.org,2002:bool"
@@ -274,10 +297,14 @@ def read_yaml(path: Path) -> Any:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no recipe file {path}")
+    return _expand(_parse_yaml(path.read_bytes(), str(path)), path)
+
+
+def _parse_yaml(text: str | bytes, what: str) -> Any:
     try:
-        return _expand(yaml.load(path.read_text(), Loader=YamlLoader), path)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        return yaml.load(text, Loader=YamlLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is not YAML: {error}") from error
 
 
 def _expand(value: Any, path: Path) -> Any:
@@ -310,19 +337,3 @@ def _resolve(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
 def _beside(path: Path, name: str) -> Path:
     beside = path.parent / name
     return beside if beside.exists() else Path(name)
-
-
-def nearest_hint(word: object, known: typing.Iterable[str]) -> str:
-    """Return how an error about an unknown word goes on: the nearest known one, or else all of them."""
-    known = list(known)
-    nearest = get_close_matches(str(word), known, n=1, cutoff=0.5)
-    return f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(known)}"
-
-
-def _check_type(name: str, value: Any, annotation: Any) -> None:
-    allowed = typing.get_args(annotation) or (annotation,)
-    if float in allowed:
-        allowed = (*allowed, int)
-    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in allowed)
-        raise ValueError(f"{name} is {value!r}, a {type(value).__name__}; it must be {names}")

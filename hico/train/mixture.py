@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from hico.train.config import nearest_hint, read_yaml
+from hico.train.config import read_yaml
+from hico.train.fields import check_keys, check_ranges, check_types
 from hico.train.records import Record, parse_row
 from hico.train.rowfiles import RowFile, Shard, ShardMember, exists
 from hico.video_io import READERS
@@ -201,9 +202,12 @@ def read_mixture(data: str | list, **options: Any) -> Mixture:
     known = [field.name for field in fields(DatasetSpec)]
     specs = []
     for entry in entries:
-        for key in entry:
-            if key not in known:
-                raise ValueError(f"{data}: unknown dataset key {key!r}{nearest_hint(key, known)}")
+        try:
+            check_keys(entry, known, what="dataset")
+            check_types(entry, DatasetSpec)
+            check_ranges(entry, {"above 0": ["folder_fps"]})
+        except ValueError as error:
+            raise ValueError(f"{data}: {error}") from error
         if "json_path" not in entry:
             raise ValueError(f"{data}: the dataset {entry} has no json_path")
         located = {key: _locate(entry[key], folder) for key in ("json_path", "data_root") if entry.get(key)}
