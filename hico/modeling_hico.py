@@ -5,13 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    AutoModelForImageTextToText,
-    Cache,
-    PreTrainedModel,
-    initialization,
-)
+from transformers import AutoModel, AutoModelForImageTextToText, Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -46,9 +40,8 @@ class HicoPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        for name, bias in module.named_parameters(recurse=False):
-            if name in ("q_bias", "v_bias"):
-                initialization.zeros_(bias)
+        if hasattr(module, "init_own_weights"):
+            module.init_own_weights()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, strict: bool = True, **kwargs):

@@ -1,12 +1,32 @@
 """The video encoder of VideoChat-Flash: UMT, a transformer over all patches of a clip."""
 
+import torch
 from torch import Tensor, nn
+from transformers import initialization
 
-from hico.encoders.base import Grid, VisionEncoder, blocks_beyond, num_blocks_to_build
-from hico.encoders.vit import Block, PatchEmbed, position_table
+from hico.encoders.base import Grid, num_blocks_to_build
+from hico.encoders.vit import MLP, Attention, Block, VideoTransformer, position_table
 
 
-class UMTEncoder(VisionEncoder):
+class BiasedAttention(Attention):
+    """Full self-attention with a bias on query and value but none on the key."""
+
+    def __init__(self, hidden_size: int, *, num_heads: int, attn_implementation: str):
+        super().__init__(hidden_size, num_heads=num_heads, attn_implementation=attn_implementation)
+        self.q_bias = nn.Parameter(torch.empty(hidden_size))
+        self.v_bias = nn.Parameter(torch.empty(hidden_size))
+        self.init_own_weights()
+
+    def init_own_weights(self) -> None:
+        initialization.zeros_(self.q_bias)
+        initialization.zeros_(self.v_bias)
+
+    def project(self, tokens_NLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        return (self.qkv(tokens_NLD) + bias).chunk(3, dim=-1)
+
+
+class UMTEncoder(VideoTransformer):
     """Encode clips with attention over all frames jointly.
 
     Parameters carry the published names (what follows ``encoder.`` there), so loading is a change of prefix.
@@ -53,45 +73,22 @@ class UMTEncoder(VisionEncoder):
         pretrained_side: int | None = None,
         attn_implementation: str = "sdpa",
     ):
-        super().__init__()
-        if hidden_size % num_heads:
-            raise ValueError(f"hidden_size {hidden_size} does not split into {num_heads} heads")
-        self.image_size = image_size
-        self.hidden_size = hidden_size
-        self.num_heads = num_heads
-        self.patch_size = patch_size
-        self.tubelet_size = tubelet_size
+        super().__init__(
+            lambda: Block(
+                BiasedAttention(hidden_size, num_heads=num_heads, attn_implementation=attn_implementation),
+                MLP(hidden_size, int(hidden_size * mlp_ratio)),
+                norm=lambda: nn.LayerNorm(hidden_size, eps=1e-6),
+            ),
+            num_blocks=num_blocks_to_build(depth, return_index, setting="return_index"),
+            image_size=image_size,
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            patch_size=patch_size,
+            tubelet_size=tubelet_size,
+        )
         side = pretrained_side or (image_size // patch_size if image_size == 224 else 14)
         self.pretrained_grid: Grid = (pretrained_frames, side, side)
-        self.grid(tubelet_size, image_size, image_size)
-
-        self.patch_embed = PatchEmbed(hidden_size, patch_size=patch_size, tubelet_size=tubelet_size)
-        self.blocks = nn.ModuleList(
-            Block(
-                hidden_size,
-                num_heads=num_heads,
-                mlp_ratio=mlp_ratio,
-                eps=1e-6,
-                attn_implementation=attn_implementation,
-            )
-            for _ in range(num_blocks_to_build(depth, return_index, setting="return_index"))
-        )
         self.vision_layernorm = nn.LayerNorm(hidden_size, eps=1e-12)
-        self._keys_to_ignore_on_load_unexpected = (blocks_beyond(len(self.blocks), prefix="encoder.blocks."),)
-
-    def grid(self, num_frames: int, height: int, width: int) -> Grid:
-        """See ``VisionEncoder.grid``."""
-        patch, tubelet = self.patch_size, self.tubelet_size
-        if min(height, width) < patch or height % patch or width % patch:
-            nearest = " x ".join(str(max(1, round(side / patch)) * patch) for side in (height, width))
-            raise ValueError(
-                f"frames of {height} x {width} pixels do not split into patches of {patch}; resize to {nearest}"
-            )
-        if num_frames < 1 or num_frames % tubelet:
-            raise ValueError(
-                f"clips of {num_frames} frames do not split into tubelets of {tubelet}; use a multiple of {tubelet}"
-            )
-        return num_frames // tubelet, height // patch, width // patch
 
     def forward(self, clips_NTCHW: Tensor) -> Tensor:
         """See ``VisionEncoder.forward``."""

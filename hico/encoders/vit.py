@@ -1,6 +1,7 @@
 """Parts of video vision transformers: patches, positions, attention, blocks."""
 
 import importlib.util
+import math
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -10,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hico.encoders.base import Grid
+from hico.encoders.base import Grid, VisionEncoder, blocks_beyond
 
 
 def sinusoid_table(num_positions: int, width: int) -> Tensor:
@@ -42,10 +43,9 @@ def position_table(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Fit the sinusoidal position table of a pretrained grid to another one.
+    """Fit the sinusoidal position table of a pretrained grid to another one, as `resize_positions` does.
 
-    Rows and columns are resized first (bicubic, half-pixel centres, no antialiasing), then time (linear). The last few
-    tables are remembered, for all encoders of the process; do not write into the result.
+    The last few tables are remembered, for all encoders of the process; do not write into the result.
 
     Args:
         grid: steps, rows and columns wanted.
@@ -59,15 +59,33 @@ def position_table(
 
     Source: Li et al., "Unmasked Teacher", arXiv:2303.16058; resizing as in the release of VideoChat-Flash.
     """
-    steps, rows, columns = pretrained_grid
-    table = sinusoid_table(steps * rows * columns, width)
-    table = rearrange(table, "(t h w) d -> t d h w", t=steps, h=rows)
-    if (rows, columns) != grid[1:]:
+    table_LD = sinusoid_table(math.prod(pretrained_grid), width)
+    table_LD = resize_positions(table_LD, grid, pretrained_grid=pretrained_grid)
+    return table_LD[None].contiguous().to(device=device, dtype=dtype)
+
+
+def resize_positions(table_LD: Tensor, grid: Grid, *, pretrained_grid: Grid) -> Tensor:
+    """Resize a position table from one grid to another.
+
+    Rows and columns are resized first (bicubic, half-pixel centres, no antialiasing), then time (linear); the order
+    makes a difference in rounding only.
+
+    Args:
+        table_LD: ``(L, D)`` float32, time-major, then rows.
+        grid: steps, rows and columns wanted.
+        pretrained_grid: those of the table.
+
+    Returns:
+        ``(L, D)`` of the wanted grid.
+    """
+    steps, rows, _ = pretrained_grid
+    table = rearrange(table_LD, "(t h w) d -> t d h w", t=steps, h=rows)
+    if pretrained_grid[1:] != grid[1:]:
         table = F.interpolate(table, size=grid[1:], mode="bicubic", align_corners=False)
     table = rearrange(table, "t d h w -> (h w) d t")
     if steps != grid[0]:
         table = F.interpolate(table, size=grid[0], mode="linear", align_corners=False)
-    return rearrange(table, "l d t -> 1 (t l) d").contiguous().to(device=device, dtype=dtype)
+    return rearrange(table, "l d t -> (t l) d")
 
 
 class PatchConv(nn.Conv3d):
@@ -139,22 +157,22 @@ def attention_function(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 class Attention(nn.Module):
-    """Full self-attention with a bias on query and value but none on the key."""
+    """Full self-attention, without a bias on query, key and value."""
 
     def __init__(self, hidden_size: int, *, num_heads: int, attn_implementation: str):
         super().__init__()
         self.num_heads = num_heads
         self.attend = attention_function(attn_implementation)
-        self.q_bias = nn.Parameter(torch.zeros(hidden_size))
-        self.v_bias = nn.Parameter(torch.zeros(hidden_size))
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
+    def project(self, tokens_NLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query, key and value ``(N, L, D)``, all heads side by side."""
+        return self.qkv(tokens_NLD).chunk(3, dim=-1)
+
     def forward(self, tokens_NLD: Tensor) -> Tensor:
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = self.qkv(tokens_NLD) + bias
-        query, key, value = rearrange(qkv, "n l (three a c) -> three n a l c", three=3, a=self.num_heads)
-        return self.proj(rearrange(self.attend(query, key, value), "n a l c -> n l (a c)"))
+        heads = (rearrange(x, "n l (a c) -> n a l c", a=self.num_heads) for x in self.project(tokens_NLD))
+        return self.proj(rearrange(self.attend(*heads), "n a l c -> n l (a c)"))
 
 
 class MLP(nn.Module):
@@ -170,15 +188,86 @@ class MLP(nn.Module):
 
 
 class Block(GradientCheckpointingLayer):
-    """Pre-norm transformer block: attention and MLP, each added to its input."""
+    """Pre-norm transformer block: attention and MLP, each scaled and added to its input.
 
-    def __init__(self, hidden_size: int, *, num_heads: int, mlp_ratio: float, eps: float, attn_implementation: str):
+    Args:
+        attention: tokens ``(N, L, D)`` in and out.
+        mlp: the same.
+        norm: makes what comes before each of them.
+        scale: makes what comes after each of them; nothing if omitted.
+    """
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        mlp: nn.Module,
+        *,
+        norm: Callable[[], nn.Module],
+        scale: Callable[[], nn.Module] = nn.Identity,
+    ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, eps=eps)
-        self.attn = Attention(hidden_size, num_heads=num_heads, attn_implementation=attn_implementation)
-        self.norm2 = nn.LayerNorm(hidden_size, eps=eps)
-        self.mlp = MLP(hidden_size, int(hidden_size * mlp_ratio))
+        self.norm1 = norm()
+        self.attn = attention
+        self.ls1 = scale()
+        self.norm2 = norm()
+        self.mlp = mlp
+        self.ls2 = scale()
 
     def forward(self, tokens_NLD: Tensor) -> Tensor:
-        tokens_NLD = tokens_NLD + self.attn(self.norm1(tokens_NLD))
-        return tokens_NLD + self.mlp(self.norm2(tokens_NLD))
+        tokens_NLD = tokens_NLD + self.ls1(self.attn(self.norm1(tokens_NLD)))
+        return tokens_NLD + self.ls2(self.mlp(self.norm2(tokens_NLD)))
+
+
+class VideoTransformer(VisionEncoder):
+    """Patches and blocks of an encoder that attends over all frames of a clip jointly.
+
+    Any number of frames is taken, and any sides that are multiples of the patch, whatever ``image_size`` says.
+
+    Args:
+        make_block: makes a block.
+        num_blocks: how many.
+
+    The others are as in `hico.encoders.umt.UMTEncoder`.
+
+    Raises:
+        ValueError: if the settings contradict each other.
+    """
+
+    def __init__(
+        self,
+        make_block: Callable[[], Block],
+        *,
+        num_blocks: int,
+        image_size: int,
+        hidden_size: int,
+        num_heads: int,
+        patch_size: int,
+        tubelet_size: int = 1,
+    ):
+        super().__init__()
+        if hidden_size % num_heads:
+            raise ValueError(f"hidden_size {hidden_size} does not split into {num_heads} heads")
+        self.image_size = image_size
+        self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.patch_size = patch_size
+        self.tubelet_size = tubelet_size
+        self.grid(tubelet_size, image_size, image_size)
+
+        self.patch_embed = PatchEmbed(hidden_size, patch_size=patch_size, tubelet_size=tubelet_size)
+        self.blocks = nn.ModuleList(make_block() for _ in range(num_blocks))
+        self._keys_to_ignore_on_load_unexpected = (blocks_beyond(num_blocks, prefix="encoder.blocks."),)
+
+    def grid(self, num_frames: int, height: int, width: int) -> Grid:
+        """See ``VisionEncoder.grid``."""
+        patch, tubelet = self.patch_size, self.tubelet_size
+        if min(height, width) < patch or height % patch or width % patch:
+            nearest = " x ".join(str(max(1, round(side / patch)) * patch) for side in (height, width))
+            raise ValueError(
+                f"frames of {height} x {width} pixels do not split into patches of {patch}; resize to {nearest}"
+            )
+        if num_frames < 1 or num_frames % tubelet:
+            raise ValueError(
+                f"clips of {num_frames} frames do not split into tubelets of {tubelet}; use a multiple of {tubelet}"
+            )
+        return num_frames // tubelet, height // patch, width // patch
