@@ -1,16 +1,19 @@
 """What a user can get wrong is one clear line, before the first step."""
 
 import json
+import shutil
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_train_mixture import LLAVA, TALK, TALK_M, write_shard
-from train_corpus import make, write_model
+from train_corpus import make, write_corpus, write_model
 
 from hico import HicoConfig, HicoProcessor
 from hico.prompt import label_mask
 from hico.tokenizer import byte_tokenizer
+from hico.train.__main__ import main
 from hico.train.dataset import BadRow, TrainingRows, label_marks
 from hico.train.decoding import SampleError
 from hico.train.mixture import DatasetSpec, Mixture
@@ -109,3 +112,173 @@ def test_a_file_missing_from_a_shard_is_a_bad_row_when_it_is_read(tmp_path, time
     assert "s.tar:a.mp4" in bad.reason
     with pytest.raises(SampleError, match=r"s\.tar:1\.json cannot be read: .*there is no .*s\.tar:a\.mp4"):
         read("raise")
+
+
+# Recipes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder, num_rows=6)
+    (folder / "deepspeed.json").write_text('{"zero_optimization": {"stage": 9}}')
+    (folder / "bad.jsonl").write_text(json.dumps({"conversations": TALK}) + "\n" + json.dumps({"messages": 3}))
+    (folder / "gone.json").write_text(json.dumps([LLAVA, {**LLAVA, "video": "b.mp4"}, LLAVA]))
+    return folder
+
+
+RECIPE = {"model": "init", "output_dir": "out", "data": "mix.yaml", "min_frames": 4, "max_frames": 8}
+RECIPE |= {"max_length": 2048, "per_device_train_batch_size": 2, "num_train_epochs": 1, "decode_timeout": None}
+RECIPE |= {"save_strategy": "no", "use_cpu": True}
+LORA = {"trainable": ["projector"]}
+
+
+def complaints(folder, monkeypatch, capfd, recipe, *flags):
+    """Run a recipe that cannot run; return the lines that it ends with."""
+    monkeypatch.chdir(folder)
+    path = folder / "recipe.yaml"
+    path.write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe))
+    assert main(["--config", str(path), *flags]) == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("hico.train: ")]
+    assert not (folder / "out").exists()
+    return lines
+
+
+@pytest.mark.parametrize("flags", [(), ("--dry_run",)], ids=["train", "dry"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rat": 1}, "did you mean 'learning_rate'"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast'"),
+        ({"extends": "aline"}, "did you mean 'align'"),
+        ({"min_frames": 9}, "min_frames 9 and max_frames 8 contradict each other"),
+        ({"frame_sampling": "dual", "min_frames": 5}, "min_frames 5 does not split into clips of 4"),
+        ({"frame_sampling": "twice"}, "unknown sampling mode 'twice'"),
+        ({"optim": "adam"}, "optim is 'adam'"),
+        ({"optim": "adamw_8bit"}, "bitsandbytes"),
+        ({"lr_scheduler_type": "cosin"}, "did you mean 'cosine'"),
+        ({"lr_scheduler_kwargs": {"foo": 1}}, "unexpected keyword argument 'foo'"),
+        ({"report_to": "tensorbord"}, "tensorbord is not supported"),
+        ({"report_to": ["none", "swanlab"]}, "report_to: swanlab needs a package that is not installed"),
+        ({"report_to": None}, "report_to is null; write report_to: none"),
+        ({"remove_unused_columns": True}, "remove_unused_columns cannot be set"),
+        ({"eval_strategy": "epoch"}, "nothing is held out"),
+        ({"load_best_model_at_end": True}, "nothing is held out"),
+        ({"load_best_model_at_end": True, "eval_fraction": 0.3}, "save and eval strategy to match"),
+        ({"metric_for_best_model": "accuracy"}, "metric_for_best_model is 'accuracy'"),
+        ({"logging_steps": 1.5}, "--logging_steps must be an integer"),
+        ({"log_level": "loud"}, "log_level is 'loud'"),
+        ({"fp16": True, "bf16": True}, "At most one of fp16 and bf16"),
+        ({"accelerator_config": {"foo": 1}}, "unexpected keyword argument 'foo'"),
+        ({"deepspeed": "none.json"}, "no DeepSpeed file none.json"),
+        ({"deepspeed": "rows.json"}, "sets no zero_optimization"),
+        ({"deepspeed": "mix.yaml"}, "mix.yaml is not JSON"),
+        ({"deepspeed": "deepspeed.json"}, "with a stage of 0 to 3"),
+        ({"attn_implementation": "flash"}, "attn_implementation is 'flash'; known: eager"),
+        ({"output_dir": "rows.json"}, "rows.json is not a folder"),
+        ({"video": {"scaler": 3}}, "scaler is 3, a int; it must be text"),
+        ({"video": {"scalar": "fast"}}, "unknown video key 'scalar'; did you mean 'scaler'"),
+        ({"video": {"mode": "middle"}}, "set frame_sampling"),
+        ({"video": {"reader": "pyaw"}}, "did you mean 'pyav'"),
+        ({"video": {"size": 24}}, "video sets 'size'"),
+        ({"model": "nowhere"}, "starts from nowhere, which does not exist"),
+        ({"model": "rows.json"}, "starts from rows.json"),
+        ({"model_config": {"encoder": {"width": 3}}}, "unexpected keyword argument 'width'"),
+        ({"model_config": {"text_config": 3}}, "model_config sets text_config to 3"),
+        ({"model_config": {3: 3}}, "model_config is {3: 3}"),
+        ({"model_config": {"compressor": "nope"}}, "unknown compressor 'nope'"),
+        ({"image_size": 25}, "resize to 24 x 24"),
+        ({"drop_schedule": "uniform@1"}, "write policy@layer:keep"),
+        ({"drop_schedule": "uniform@1:1.5"}, "keeps the ratio 1.5"),
+        ({"drop_schedule": {"llm_compress_type": ["uniform"]}}, "not of the published form"),
+        ({"data": []}, "the mixture takes no row"),
+        ({"data": "none.yaml"}, "none.yaml"),
+        ({"data": [{"json_path": "rows.json", "data_root": 3}]}, "data_root is 3"),
+        ({"data": [{"json_path": "bad.jsonl"}]}, "malformed row at bad.jsonl:2: 'messages' is 3"),
+        ({"data": [{"json_path": "gone.json"}]}, "2 file(s) of the mixture are missing: a.mp4, b.mp4; check"),
+        ({"global_batch_size": 3}, "global_batch_size 3 is not"),
+        (LORA | {"lora": {"rank": 4}}, "lora: unknown peft.LoraConfig key 'rank'"),
+        (LORA | {"lora": {"r": "four"}}, "lora: r is 'four', a str; it must be a whole number"),
+        (LORA | {"lora": {"r": 0}}, "lora: r is 0; it must be at least 1"),
+        (LORA | {"lora": {"bias": "some"}}, "lora: bias is 'some'"),
+        (LORA | {"lora": {"modules_to_save": ["x"]}}, "modules_to_save follows from trainable"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else json.dumps(value),
+)
+def test_a_bad_recipe_ends_in_one_line(corpus, monkeypatch, capfd, changes, message, flags):
+    if "lora" in changes:
+        pytest.importorskip("peft")
+    (line,) = complaints(corpus, monkeypatch, capfd, {**RECIPE, **changes}, *flags)
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_config": {"encoder": {"hidden_size": 32}}}, "is (16,), but by the configuration it is (32,)"),
+        ({"model_config": {"encoder": {"depth": 3}}}, "missing, such as model.encoder.blocks"),
+        ({"model_config": {"text_config": {"vocab_size": 100}}}, "no model can be built of init"),
+        (LORA | {"lora": {"target_modules": ["nope"]}}, "lora: no target_modules of ['nope']"),
+        ({"trainable": ["compressor"]}, "have no parameters in this model"),
+    ],
+)
+def test_a_dry_run_finds_what_loading_would(corpus, monkeypatch, capfd, changes, message):
+    if "lora" in changes:
+        pytest.importorskip("peft")
+    (line,) = complaints(corpus, monkeypatch, capfd, {**RECIPE, **changes}, "--dry_run")
+    assert message in line
+
+
+def test_a_dry_run_looks_below_adapters(corpus, monkeypatch, capfd, tmp_path):
+    adapters = tmp_path / "adapters"
+    shutil.copytree(corpus / "init", adapters, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((adapters / "config.json").read_text())
+    config["encoder"]["hidden_size"] = 32
+    (adapters / "config.json").write_text(json.dumps(config))
+    (adapters / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(corpus / "init")}))
+    (line,) = complaints(corpus, monkeypatch, capfd, {**RECIPE, "model": str(adapters)}, "--dry_run")
+    assert f"{corpus}/init/model.safetensors" in line
+    assert "by the configuration it is (32," in line
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", "recipe.yaml is not YAML"),
+        ("model: a\nmodel: b", "'model' stands twice"),
+        ("- 1", "must hold recipe keys"),
+        ("output_dir: out\nstages: [null]", "stage 1 is None"),
+        ("output_dir: out\nstages: [none.yaml]", "no recipe file"),
+        ("output_dir: out\nstages: [{data: mix.yaml, stages: []}]", "stages cannot be set here"),
+    ],
+)
+def test_a_bad_recipe_file_ends_in_one_line(corpus, monkeypatch, capfd, text, message):
+    (line,) = complaints(corpus, monkeypatch, capfd, text)
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_train_epochs", "two"], "num_train_epochs is 'two'"),
+        (["--warmup_steps", "x"], "warmup_steps is 'x'"),
+        (["--trainable", "[llm"], "the value of --trainable is not YAML"),
+        (["learning_rate"], "expected a flag"),
+        (["--dry_run", "--world_size", "0"], "world_size is 0"),
+    ],
+)
+def test_a_bad_flag_ends_in_one_line(corpus, monkeypatch, capfd, flags, message):
+    (line,) = complaints(corpus, monkeypatch, capfd, RECIPE, *flags)
+    assert message in line
+
+
+def test_a_dry_run_reports_every_stage_of_a_chain(corpus, monkeypatch, capfd):
+    stages = [{"name": "a", "report_to": "x"}, {"name": "b"}, {"name": "c", "data": "none.yaml"}]
+    lines = complaints(corpus, monkeypatch, capfd, {**RECIPE, "stages": stages}, "--dry_run")
+    assert [line[:21] for line in lines] == ["hico.train: stage a: ", "hico.train: stage c: "]
+
+
+def test_a_chain_is_checked_before_its_first_stage_runs(corpus, monkeypatch, capfd):
+    stages = [{"name": "a"}, {"name": "b", "report_to": "x"}]
+    (line,) = complaints(corpus, monkeypatch, capfd, {**RECIPE, "stages": stages})
+    assert "x is not supported" in line

@@ -11,6 +11,8 @@ import torch
 from hico.train.config import load_recipes, parse_overrides
 from hico.train.decoding import SampleError
 
+BAD_INPUT = (ValueError, OSError, ImportError, SampleError)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status. Bad input is one line on standard error, never a traceback."""
@@ -26,33 +28,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         recipes = load_recipes(args.config, parse_overrides(rest))
-        if args.dry_run:
-            _dry_run(recipes, args.world_size or int(os.environ.get("WORLD_SIZE", 1)))
-        else:
+        if not args.dry_run:
             _train(recipes)
-        return 0
-    except (ValueError, OSError, ImportError, SampleError) as error:
-        print(f"hico.train: {error}", file=sys.stderr)
+            return 0
+        if args.world_size is not None and args.world_size < 1:
+            raise ValueError(f"world_size is {args.world_size}; plan for at least 1 device")
+        return _dry_run(recipes, args.world_size or int(os.environ.get("WORLD_SIZE", 1)))
+    except BAD_INPUT as error:
+        _complain(error)
         return 1
     except KeyboardInterrupt:
         return 130
 
 
-def _dry_run(recipes, world_size: int) -> None:
+def _dry_run(recipes, world_size: int) -> int:
+    """Report every stage, or what is wrong with it."""
+    from hico.train.checks import check_recipe
     from hico.train.report import dry_run
     from hico.train.run import prepare
 
+    num_bad = 0
     for recipe in recipes:
-        if recipe is not recipes[0]:
-            # The stage before has not run: plan with the checkpoint that the chain starts from.
-            recipe.model = recipes[0].model
-            print()
-        print(dry_run(recipe, prepare(recipe), world_size=world_size))
+        # Stages before have not run: plan with the checkpoint that the chain starts from.
+        recipe.model = recipes[0].model
+        try:
+            check_recipe(recipe)
+            print(dry_run(recipe, prepare(recipe), world_size=world_size) + "\n")
+        except BAD_INPUT as error:
+            _complain(error, f"stage {recipe.name}: " if len(recipes) > 1 else "")
+            num_bad += 1
+    return int(num_bad > 0)
+
+
+def _complain(error: Exception, where: str = "") -> None:
+    print(f"hico.train: {where}{' '.join(str(error).split())}", file=sys.stderr)
 
 
 def _train(recipes) -> None:
+    from hico.train.checks import check_recipe
     from hico.train.run import run_chain
 
+    for recipe in recipes:
+        check_recipe(recipe)
     try:
         run_chain(recipes)
     finally:

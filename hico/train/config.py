@@ -21,10 +21,22 @@ RANGES = {
         *("per_device_train_batch_size", "per_device_eval_batch_size", "save_total_limit"),
     ),
     "above 0": ("decode_timeout", "peak_tflops", "num_train_epochs", "save_steps", "logging_steps", "eval_steps"),
-    "0 or above": ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "seed", "dataloader_num_workers"),
+    "0 or above": (
+        *("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "neftune_noise_alpha", "seed"),
+        "dataloader_num_workers",
+    ),
     "from 0 to 1": ("max_bad_fraction",),
 }
 """How a range is called in `hico.train.fields` -> the keys of recipes that must lie in it."""
+DECIDED = {
+    "remove_unused_columns": "a row keeps what the model takes",
+    "resume_from_checkpoint": "a run goes on after its last checkpoint by itself",
+    "ignore_data_skip": "a run goes on with the next row by itself",
+    "auto_find_batch_size": "the order of rows follows from the batch size",
+    "train_sampling_strategy": "group_by_length orders the rows",
+    "label_smoothing_factor": "every learned token weighs the same",
+}
+"""Arguments of transformers that are no recipe keys -> why."""
 
 
 @dataclass(kw_only=True)
@@ -60,11 +72,11 @@ class Recipe:
     """Fewest frames of a video."""
     max_frames: int = 8
     """Most frames of a video."""
-    video: dict = field(default_factory=dict)
+    video: dict[str, Any] = field(default_factory=dict)
     """Further settings of `hico.video_io.read_video`, such as ``{scaler: fast, exact: false}``."""
     image_size: int | None = None
     """Pixels per side that the encoder sees; the checkpoint's if omitted."""
-    model_config: dict = field(default_factory=dict)
+    model_config: dict[str, Any] = field(default_factory=dict)
     """Further changes to the checkpoint's configuration, nested as there."""
     attn_implementation: str | None = None
     """Attention of the LLM, as transformers names it (``sdpa``, ``flash_attention_2``); its default if omitted."""
@@ -129,6 +141,11 @@ class Recipe:
                 raise ValueError(f"{key} is {getattr(self, key)!r}; use one of {allowed}")
         if not 0 <= self.eval_fraction < 1 or (self.eval_fraction and self.eval_data):
             raise ValueError(f"eval_fraction is {self.eval_fraction}; use [0, 1), and 0 beside eval_data")
+        for key, idle in (("eval_strategy", "no"), ("load_best_model_at_end", False)):
+            if self.arguments.get(key, idle) != idle and not self.evaluates:
+                raise ValueError(
+                    f"{key} is {self.arguments[key]!r}, but nothing is held out; set eval_fraction or eval_data"
+                )
         if self.packing and self.max_tokens_per_batch is None:
             raise ValueError("packing fills sequences up to a token budget; set max_tokens_per_batch")
         if self.packing and self.drop_schedule not in (None, "none"):
@@ -162,6 +179,11 @@ class Recipe:
                 "change one of them (global_batch_size: null leaves the product to the others)"
             )
         return steps
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether rows are held out."""
+        return self.eval_data is not None or self.eval_fraction > 0
 
     @property
     def rows_per_device(self) -> int:
@@ -234,6 +256,8 @@ def make_recipe(settings: Mapping[str, Any], *, defaults: Mapping[str, Any] | No
     theirs = {known.name for known in fields(TrainingArguments)} - own
     if "stages" in settings:
         raise ValueError("stages cannot be set here: they belong in the file of --config, which lists plain stages")
+    if taken := [key for key in settings if key in DECIDED]:
+        raise ValueError(f"{taken[0]} cannot be set: {DECIDED[taken[0]]}; leave it out")
     check_keys(settings, sorted({*own, *theirs, "extends"}), what="recipe")
     missing = [key for key in ("name", "model", "output_dir", "data") if settings.get(key) is None]
     if missing:

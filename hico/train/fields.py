@@ -88,8 +88,8 @@ def _fits(value: Any, annotation: Any) -> bool:
         words = any(map(_is_enum, args))
         return any(_fits(value, arg) for arg in args if not (words and arg is str))
     if origin is typing.Literal:
-        # Of the kind only: peft writes `pissa_niter_[number of iters]`.
-        return any(type(value) is type(arg) for arg in args)
+        # peft writes what is a pattern as `pissa_niter_[number of iters]`.
+        return any(type(value) is type(arg) and (value == arg or "[" in str(arg)) for arg in args)
     if origin is list:
         return isinstance(value, list) and all(_fits(item, args[0]) for item in value)
     if origin is dict:

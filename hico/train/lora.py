@@ -1,6 +1,7 @@
 """Adapters on the LLM (LoRA), through peft: training with them, and merging them into the model."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 from hico.configuration_hico import HicoConfig
 from hico.modeling_hico import HicoForConditionalGeneration
 from hico.processing_hico import HicoProcessor
+from hico.train.fields import check_keys, check_ranges, check_types
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTER_CONFIG = "adapter_config.json"
@@ -31,19 +33,38 @@ def add_lora(
 
     Raises:
         ImportError: if peft is not installed.
-        ValueError: if a setting is unknown to peft.
+        ValueError: as `lora_config`, or if no linear has a name of ``target_modules``.
     """
-    peft = _peft()
-    settings = dict(settings)
-    targets = settings.pop("target_modules", LINEARS)
-    if not isinstance(targets, str):
-        targets = rf".*\.language_model\..*\.({'|'.join(targets)})"
+    config = lora_config(settings)
+    targets = config.target_modules or LINEARS
+    config.target_modules = (
+        targets if isinstance(targets, str) else rf".*\.language_model\..*\.({'|'.join(sorted(targets))})"
+    )
     saved = [f"model.{part}" for part in trainable if any(True for _ in getattr(model.model, part).parameters())]
+    config.modules_to_save = saved or None
     try:
-        config = peft.LoraConfig(target_modules=targets, modules_to_save=saved or None, **settings)
-    except TypeError as error:
-        raise ValueError(f"lora: {error}; use the keywords of peft.LoraConfig") from error
-    return peft.get_peft_model(model, config)
+        return _peft().get_peft_model(model, config)
+    except ValueError as error:
+        raise ValueError(f"lora: no target_modules of {settings.get('target_modules', LINEARS)}: {error}") from error
+
+
+def lora_config(settings: Mapping[str, Any]):
+    """Return the `peft.LoraConfig` of a recipe.
+
+    Raises:
+        ImportError: if peft is not installed.
+        ValueError: if a setting is unknown to peft, of another type, out of range, or not for recipes to decide.
+    """
+    kind = _peft().LoraConfig
+    try:
+        check_keys(settings, [known.name for known in fields(kind)], what="peft.LoraConfig")
+        check_types(settings, kind)
+        check_ranges(settings, {"at least 1": ["r"], "from 0 to 1": ["lora_dropout"]})
+        if "modules_to_save" in settings:
+            raise ValueError("modules_to_save follows from trainable; name the parts there")
+        return kind(**settings)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"lora: {error}") from error
 
 
 def load_model(

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -248,11 +249,24 @@ def select_rows(strategy: str, num_rows: int, *, seed: Any = 0) -> np.ndarray:
     return np.arange(num_rows)[block * count : (block + 1) * count]
 
 
+def check_reader(name: str | None) -> None:
+    """Check that a reader of videos is known and installed; ``None`` and ``img`` need none.
+
+    Raises:
+        ValueError: if it is not known.
+        ImportError: if it is not installed.
+    """
+    if name in (None, "img"):
+        return
+    package = getattr(READERS.get(name), "name", None)
+    if package is not None and find_spec(package) is None:
+        raise ImportError(f"the video reader {name} needs the package {package}; run `pip install 'hico[{package}]'`")
+
+
 def _open(spec: DatasetSpec) -> _Dataset:
     if spec.media_type not in (None, *MODALITIES):
         raise ValueError(f"media_type is {spec.media_type!r}; use one of {', '.join(MODALITIES)}")
-    if spec.video_read_type not in (None, "img"):
-        READERS.get(spec.video_read_type)
+    check_reader(spec.video_read_type)
     files = [Shard(path) if path.endswith(".tar") else RowFile(path) for path in _expand_path(spec.json_path)]
     return _Dataset(spec, files, np.cumsum([0, *map(len, files)]))
 

@@ -1,6 +1,5 @@
 """What a recipe would do: the report of ``--dry_run``."""
 
-import json
 import math
 from pathlib import Path
 
@@ -9,7 +8,9 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hico.modeling_hico import HicoForConditionalGeneration
+from hico.train.checks import check_weights, zero_stage
 from hico.train.config import Recipe
+from hico.train.lora import add_lora
 from hico.train.parts import count_parameters, freeze, part_of
 from hico.train.run import Prepared
 
@@ -24,7 +25,12 @@ def dry_run(recipe: Recipe, prepared: Prepared, *, world_size: int) -> str:
 
     Returns:
         Text: trainable parameters per part, parameter groups, rows per dataset, tokens per step, steps, memory.
+
+    Raises:
+        ValueError: if the weights are of other sizes, no part learns, adapters find no place, or the batch does not
+            divide.
     """
+    check_weights(Path(recipe.model), prepared.config)
     with torch.device("meta"):
         model = HicoForConditionalGeneration(prepared.config)
     freeze(model, [*recipe.trainable, *(["llm"] if recipe.lora is not None else [])])
@@ -66,6 +72,8 @@ def dry_run(recipe: Recipe, prepared: Prepared, *, world_size: int) -> str:
         "",
         *_memory(recipe, prepared, model, world_size),
     ]
+    if recipe.lora is not None:
+        add_lora(model, recipe.lora, trainable=recipe.trainable)
     return "\n".join(lines)
 
 
@@ -104,12 +112,3 @@ def _memory(recipe: Recipe, prepared: Prepared, model: HicoForConditionalGenerat
         f"memory per device (estimated; {sharded}; without the logits of learned tokens and the buffers of devices)"
     )
     return [title, *(f"{name:<16} {size / 2**30:>9.2f} GiB" for name, size in sizes.items())]
-
-
-def zero_stage(recipe: Recipe) -> int | None:
-    """Return the ZeRO stage of the recipe's DeepSpeed file, if there is one."""
-    spec = recipe.arguments.get("deepspeed")
-    if spec is None:
-        return None
-    settings = json.loads(Path(spec).read_text()) if isinstance(spec, str) else spec
-    return settings.get("zero_optimization", {}).get("stage", 0)

@@ -1,0 +1,174 @@
+"""What a recipe asks of other libraries, of this machine and of its checkpoint, checked before anything is loaded."""
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.logging import log_levels
+
+from hico.configuration_hico import HicoConfig
+from hico.convert.plan import Expected, make_plan
+from hico.convert.sources import Source, published_to_hico
+from hico.shards import CheckpointError
+from hico.train.config import Recipe
+from hico.train.fields import check_keys, check_types, nearest_hint
+from hico.train.lora import ADAPTER_CONFIG, lora_config
+from hico.train.mixture import MODALITIES, check_reader
+from hico.video_io import ReadSettings
+
+_ELSEWHERE = (
+    *("deepspeed", "fsdp", "fsdp_config", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode"),
+    *("gradient_checkpointing", "activation_checkpointing"),
+)
+"""Arguments that depend on devices, which a dry run may not have, or that are renamed for newer transformers."""
+_METRICS = [f"{prefix}loss{of}" for prefix in ("", "eval_") for of in ("", *(f"_{kind}" for kind in MODALITIES))]
+_FRAMES = ("mode", "num_frames", "min_frames", "max_frames")
+_UNLISTED = ("azure_ml", "flyte")
+"""Trackers whose packages transformers does not look for, or not always."""
+
+
+class _Planned(TrainingArguments):
+    """Arguments that no device is looked for."""
+
+    device = torch.device("cpu")
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Check what does not depend on data and checkpoint.
+
+    Raises:
+        ValueError: if a setting of another library is unknown, or settings contradict each other.
+        ImportError: if a package that the recipe asks for is not installed.
+        FileNotFoundError: if there is no such DeepSpeed file.
+    """
+    check_arguments(recipe)
+    check_trackers(recipe)
+    zero_stage(recipe)
+    if recipe.lora is not None:
+        lora_config(recipe.lora)
+    for key, asked, known in (
+        ("attn_implementation", recipe.attn_implementation, ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]),
+        ("metric_for_best_model", recipe.arguments.get("metric_for_best_model"), _METRICS),
+        ("log_level", recipe.arguments.get("log_level"), [*log_levels, "passive"]),
+    ):
+        if asked is not None and asked not in known and "/" not in asked:  # with a slash it is a kernel of the hub
+            raise ValueError(f"{key} is {asked!r}{nearest_hint(asked, known)}")
+    if not isinstance(text := recipe.model_config.get("text_config", {}), Mapping):
+        raise ValueError(f"model_config sets text_config to {text!r}; it must be a mapping of what changes")
+    output_dir = Path(recipe.output_dir).absolute()
+    there = next(folder for folder in (output_dir, *output_dir.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        what = "cannot be written to" if there.is_dir() else "is not a folder"
+        raise ValueError(f"output_dir is {recipe.output_dir}, but {there} {what}; name another")
+    check_keys(recipe.video, [known.name for known in fields(ReadSettings)], what="video")
+    check_types(recipe.video, ReadSettings)
+    if taken := [key for key in _FRAMES if key in recipe.video]:
+        raise ValueError(
+            f"video sets {taken[0]!r}; set frame_sampling, min_frames and max_frames of the recipe instead"
+        )
+    check_reader(recipe.video.get("reader", "pyav"))
+
+
+def check_arguments(recipe: Recipe) -> None:
+    """Let transformers check its arguments against each other, its optimizer and its schedule.
+
+    Raises:
+        ValueError: if they contradict each other, or one is unknown.
+        ImportError: if the optimizer's package is not installed.
+    """
+    settings = {key: value for key, value in recipe.arguments.items() if key not in _ELSEWHERE}
+    if recipe.evaluates:
+        settings.setdefault("eval_strategy", "epoch")
+    try:
+        args = _Planned(output_dir=recipe.output_dir, **{**settings, "use_cpu": True})
+        Trainer.get_optimizer_cls_and_kwargs(args)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            get_scheduler(
+                args.lr_scheduler_type,
+                torch.optim.SGD([torch.zeros(1, requires_grad=True)]),
+                num_warmup_steps=0,
+                num_training_steps=1,
+                scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+            )
+    except TypeError as error:
+        raise ValueError(f"an argument of transformers cannot be used: {error}") from error
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """Check that what logs go to is known and installed.
+
+    Raises:
+        ValueError: if it is not known.
+        ImportError: if it is not installed.
+    """
+    asked = recipe.arguments.get("report_to", "none")
+    if asked is None:
+        raise ValueError("report_to is null; write report_to: none, or tensorboard or wandb")
+    for name in [asked] if isinstance(asked, str) else asked:
+        if name in ("none", "all"):
+            continue
+        get_reporting_integration_callbacks([name])
+        if name not in (*get_available_reporting_integrations(), *_UNLISTED):
+            raise ImportError(f"report_to: {name} needs a package that is not installed; run `pip install {name}`")
+
+
+def check_weights(folder: Path, config: HicoConfig) -> None:
+    """Hold the names and sizes of a checkpoint's tensors against a configuration, without reading the tensors.
+
+    Args:
+        folder: a checkpoint of ours, a published one, or what a stage with ``lora`` made, which names the one below.
+        config: what is to be built of it.
+
+    Raises:
+        ValueError: if tensors are missing, left over, damaged or of other sizes.
+    """
+    while (adapters := folder / ADAPTER_CONFIG).is_file():
+        folder = Path(json.loads(adapters.read_text())["base_model_name_or_path"])
+    source = Source.at(folder)
+    rename = published_to_hico(source.kind) if source.is_published else lambda name: name
+    try:
+        expected = Expected.of(config)
+    except (AssertionError, TypeError, RuntimeError) as error:
+        raise ValueError(f"no model can be built of {folder} with the recipe's model_config: {error}") from error
+    try:
+        make_plan(source.shards(rename), expected)
+    except CheckpointError as error:
+        raise ValueError(
+            f"{folder} does not fit its configuration with the recipe's changes (image_size, model_config): {error}"
+        ) from error
+
+
+def zero_stage(recipe: Recipe) -> int | None:
+    """Return the ZeRO stage of the recipe's DeepSpeed file, if there is one.
+
+    Raises:
+        FileNotFoundError: if the file is missing.
+        ValueError: if it is not one of DeepSpeed.
+    """
+    spec = recipe.arguments.get("deepspeed")
+    if spec is None:
+        return None
+    settings = _read_json(Path(spec)) if isinstance(spec, str) else spec
+    zero = settings.get("zero_optimization", {}) if isinstance(settings, Mapping) else None
+    stage = zero.get("stage", 0) if isinstance(zero, Mapping) else None
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"deepspeed: {spec} sets no zero_optimization with a stage of 0 to 3; see train/deepspeed/")
+    return stage
+
+
+def _read_json(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no DeepSpeed file {path}; set deepspeed: null to go without")
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the DeepSpeed file {path} is not JSON: {error}") from error
