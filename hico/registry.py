@@ -84,6 +84,7 @@ ENCODERS = Registry(
     "encoder",
     {
         "umt": "hico.encoders.umt:UMTEncoder",
+        "internvideo2": "hico.encoders.internvideo2:InternVideo2Encoder",
         "clip": "hico.encoders.clip:CLIPEncoder",
         "siglip": "hico.encoders.siglip:SiglipEncoder",
     },
