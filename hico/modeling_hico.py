@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForImageTextToText, Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -16,7 +17,7 @@ from hico.llm_dropout import DropHandle, DropSchedule, find_handle, patch
 from hico.preprocessing import normalize_pixels
 from hico.projector import MLPProjector
 from hico.prompt import IGNORE_INDEX
-from hico.published import KEY_MAPPING
+from hico.published import KEY_MAPPING, to_hico_on_load
 from hico.registry import ENCODERS
 from hico.rotary import keep_rotary_in_float32
 from hico.shards import WEIGHT_FILES, check_shards
@@ -54,13 +55,13 @@ class HicoPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: if ``strict`` and the weights are not the model's; the message counts and names them.
-            CheckpointError: if a file of weights is missing, damaged, or holds code.
+            CheckpointError: if a file of weights is missing, damaged, or holds code, or a tensor under two names.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         if pretrained_model_name_or_path is not None:
             folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
             if any((folder / name).is_file() for name in WEIGHT_FILES):
-                check_shards(folder)
+                check_shards(folder, rename=to_hico_on_load)
         kwargs["key_mapping"] = {**KEY_MAPPING, **(kwargs.get("key_mapping") or {})}
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         faults = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected") if info[f"{kind}_keys"]}
@@ -326,6 +327,8 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, VisualGenerationMixin):
     """The model that answers: `HicoModel` with an LM head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    tokens_per_loss_chunk = 2048
+    """Learned tokens whose logits exist at once in training: 152,064 numbers each in the case of Qwen2."""
 
     def __init__(self, config: HicoConfig):
         super().__init__(config)
@@ -410,16 +413,30 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, VisualGenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _loss(self, hidden_BSE: Tensor, labels: Tensor, **kwargs) -> Tensor:
+    def _loss(self, hidden_BSE: Tensor, labels: Tensor, *, num_items_in_batch=None, **kwargs) -> Tensor:
+        """Sum the losses of the learned tokens, chunk by chunk, and divide by their number or the one given."""
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         learned = targets != IGNORE_INDEX
-        return self.loss_function(
-            logits=self.lm_head(hidden_BSE[learned]),
-            labels=None,
-            shift_labels=targets[learned],
-            vocab_size=self.config.text_config.vocab_size,
-            **kwargs,
+        hidden_nE, targets = hidden_BSE[learned], targets[learned]
+        if num_items_in_batch is None:
+            num_items_in_batch = max(1, len(targets))
+
+        def chunk_loss(hidden_nE: Tensor, targets: Tensor) -> Tensor:
+            return self.loss_function(
+                logits=self.lm_head(hidden_nE),
+                labels=None,
+                shift_labels=targets,
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                **kwargs,
+            )
+
+        if len(targets) <= self.tokens_per_loss_chunk:
+            return chunk_loss(hidden_nE, targets)
+        chunks = zip(
+            hidden_nE.split(self.tokens_per_loss_chunk), targets.split(self.tokens_per_loss_chunk), strict=True
         )
+        return sum(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
 
 
 def _as_iterable(clips: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:

@@ -106,10 +106,14 @@ def test_the_loss_is_the_mean_and_remembers_each_token():
     logits, targets = torch.randn(5, 7, requires_grad=True), torch.arange(5)
     expected = torch.nn.functional.cross_entropy(logits, targets)
     torch.testing.assert_close(loss(logits, None, 7, shift_labels=targets), expected)
-    torch.testing.assert_close(
-        loss(logits, None, 7, shift_labels=targets, num_items_in_batch=torch.tensor(10)), expected / 2
-    )
-    torch.testing.assert_close(loss.last.mean(), expected.detach())
+    with loss.remembered() as losses:
+        both = [
+            loss(logits[part], None, 7, shift_labels=targets[part], num_items_in_batch=torch.tensor(10))
+            for part in (slice(2), slice(2, None))
+        ]
+    torch.testing.assert_close(sum(both), expected / 2)
+    assert [len(some) for some in losses] == [2, 3]
+    torch.testing.assert_close(torch.cat(losses).mean(), expected.detach())
     empty = loss(logits[:0], None, 7, shift_labels=targets[:0])
     assert empty == 0
     assert empty.requires_grad

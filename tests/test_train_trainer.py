@@ -102,6 +102,16 @@ def test_accumulated_steps_equal_one_large_batch(folder):
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
 
 
+def test_the_loss_in_chunks_of_tokens_is_the_same(folder, monkeypatch):
+    whole = train(make(folder, gradient_checkpointing=True, eval_data=str(folder / "mix.yaml")))
+    monkeypatch.setattr(HicoForConditionalGeneration, "tokens_per_loss_chunk", 5)
+    chunked = train(make(folder, gradient_checkpointing=True, eval_data=str(folder / "mix.yaml")))
+    for one, other in zip(whole.state.log_history[:7], chunked.state.log_history[:7], strict=True):
+        for name in one:
+            if "loss" in name or name == "grad_norm":
+                assert other[name] == pytest.approx(one[name], rel=1e-5), name
+
+
 @pytest.mark.parametrize("rows", [range(6), [0], [2, 5, 8], [0, 3, 6]])
 def test_packing_equals_padding(folder, rows):
     model = HicoForConditionalGeneration.from_pretrained(folder / "init").train()
@@ -291,6 +301,9 @@ def test_missing_files_are_an_error_before_the_first_step(folder):
         ({"image_size": 25}, "patches of 12"),
         ({"model_config": {"encoder": {"hidden_size": 32}}}, "other sizes"),
         ({"data": []}, "no datasets"),
+        ({"model_config": {"compresor": {}}}, "model_config sets 'compresor'; did you mean 'compressor'"),
+        ({"model_config": {"text_config": {"rope_thetas": 1}}}, "text_config sets 'rope_thetas'"),
+        ({"model_config": {"clip_len": "four"}}, "does not describe a model"),
     ],
 )
 def test_bad_input_is_one_clear_error(folder, changes, message):

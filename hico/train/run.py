@@ -18,7 +18,7 @@ from hico.llm_dropout.schedule import DropSchedule
 from hico.processing_hico import HicoProcessor
 from hico.train import checkpoint, provenance
 from hico.train.batching import BatchRule, BatchSampler
-from hico.train.config import Recipe
+from hico.train.config import Recipe, nearest_hint
 from hico.train.dataset import TrainingRows, frame_settings
 from hico.train.lengths import estimate_lengths
 from hico.train.lora import add_lora, load_model
@@ -219,10 +219,21 @@ def load_config(recipe: Recipe) -> tuple[HicoConfig, HicoProcessor]:
             f"stage {recipe.name!r} starts from {folder}, which {what}; "
             "finish the stage before, or name another checkpoint with --model"
         )
+    config = HicoConfig.from_pretrained(folder)
     changes = dict(recipe.model_config)
+    for name, known, given in (
+        ("model_config", config, changes),
+        ("model_config.text_config", config.text_config, changes.get("text_config") or {}),
+    ):
+        for key in given:
+            if not hasattr(known, key):
+                raise ValueError(f"{name} sets {key!r}{nearest_hint(key, known.to_dict())}")
     if recipe.image_size is not None:
         changes["encoder"] = {"image_size": recipe.image_size, **changes.get("encoder", {})}
-    config = HicoConfig.from_dict(_merged(HicoConfig.from_pretrained(folder).to_dict(), changes))
+    try:
+        config = HicoConfig.from_dict(_merged(config.to_dict(), changes))
+    except TypeError as error:
+        raise ValueError(f"model_config {recipe.model_config} does not describe a model: {error}") from error
     processor = HicoProcessor.from_pretrained(folder)
     processor.vision, processor.time_message = config.vision, recipe.time_message
     return config, processor

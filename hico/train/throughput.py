@@ -1,7 +1,8 @@
 """How fast and how well a run goes: losses per modality, tokens, frames, waiting for data, FLOPs utilisation."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,7 +28,15 @@ class TokenLoss:
     """Cross-entropy that remembers the loss of every token; takes the place of a model's ``loss_function``."""
 
     def __init__(self):
-        self.last = torch.zeros(0)
+        self._losses: list[Tensor] = []
+
+    @contextmanager
+    def remembered(self) -> Iterator[list[Tensor]]:
+        """Yield a list that gets the losses of all tokens, in their order, of the calls inside the block."""
+        self._losses = []
+        yield self._losses
+        # The backward pass may compute chunks again.
+        self._losses = []
 
     def __call__(
         self, logits: Tensor, labels: Any, vocab_size: int, *, shift_labels: Tensor, num_items_in_batch=None, **kwargs
@@ -43,7 +52,7 @@ class TokenLoss:
             kwargs: not used.
         """
         losses = nn.functional.cross_entropy(logits.float(), shift_labels, reduction="none")
-        self.last = losses.detach()
+        self._losses.append(losses.detach())
         count = len(losses) if num_items_in_batch is None else num_items_in_batch
         return losses.sum() / torch.as_tensor(count, device=losses.device).clamp(min=1)
 

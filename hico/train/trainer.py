@@ -76,10 +76,11 @@ class HicoTrainer(StageTrainer):
         )
         if args.world_size > 1 and (is_deepspeed_zero3_enabled() or self.is_fsdp_enabled):
             # Devices gather sharded weights together, so all must run the encoder equally often: once per batch for
-            # images and once for videos, not once per chunk of clips.
+            # images and once for videos, not once per chunk of clips; the LM head once, not once per chunk of tokens.
             collator.needed = "both"
             core = unwrapped(model).model
             core.encode = partial(core.encode, clips_per_chunk=sys.maxsize)
+            unwrapped(model).tokens_per_loss_chunk = sys.maxsize
         self._since = time.perf_counter()
         self._visual_ids = dataset.visual_ids
 
@@ -149,9 +150,10 @@ class HicoTrainer(StageTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the loss, and add the tokens' losses to those of their modality."""
         modality = inputs.pop("modality")
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self.token_loss.remembered() as losses:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         learned = inputs["labels"][:, 1:] != IGNORE_INDEX
-        self.meter.add_losses(self.token_loss.last, modality[:, 1:][learned])
+        self.meter.add_losses(torch.cat(losses), modality[:, 1:][learned])
         return result
 
     def floating_point_ops(self, inputs) -> float:
@@ -183,9 +185,9 @@ class HicoTrainer(StageTrainer):
             batch = self._prepare_inputs(batch)
             self.bad_rows.count(batch.pop("num_rows"), batch.pop("bad_rows"))
             modality = batch.pop("modality")
-            with self.compute_loss_context_manager():
+            with self.compute_loss_context_manager(), self.token_loss.remembered() as losses:
                 model(**batch, logits_to_keep=1)
-            meter.add_losses(self.token_loss.last, modality[:, 1:][batch["labels"][:, 1:] != IGNORE_INDEX])
+            meter.add_losses(torch.cat(losses), modality[:, 1:][batch["labels"][:, 1:] != IGNORE_INDEX])
         model.train(was_training)
         sums = meter.add_up(self._sum_over_devices)
         losses, counts = (sum(value for key, value in sums.items() if key.startswith(k)) for k in ("loss_", "count_"))
