@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from train_corpus import history, losses, make, train, trainer_for, weights, write_model
 
-from hico import HicoForConditionalGeneration
+from hico import HicoForConditionalGeneration, HicoProcessor
 from hico.prompt import IGNORE_INDEX, label_mask
 from hico.train import run
 from hico.train.__main__ import main
@@ -189,6 +189,17 @@ def test_a_row_cut_at_max_length_keeps_its_media_or_is_bad(folder):
         examples(make(folder, max_length=30), [0])
     with pytest.raises(SampleError, match="nothing in its"):
         examples(make(folder, max_length=length - 15), [0])
+
+
+def test_a_trained_processor_chooses_frames_as_in_training(folder):
+    sampled = run.prepare(make(folder, video={"scaler": "fast"})).processor.video
+    assert sampled == {"mode": "middle", "num_frames": 8, "scaler": "fast"}
+    long = run.prepare(make(folder, frame_sampling="dynamic_fps1", max_frames=16)).processor.video
+    assert long == {"mode": "dynamic_fps1", "min_frames": 4, "max_frames": 16}
+    (folder / "text.jsonl").write_text(json.dumps(json.loads((folder / "rows.json").read_text())[2]))
+    assert run.prepare(make(folder, data=[{"json_path": str(folder / "text.jsonl")}])).processor.video == {}
+    final = run.run_stage(make(folder, max_steps=1))
+    assert HicoProcessor.from_pretrained(final).video == {"mode": "middle", "num_frames": 8}
 
 
 def test_random_frames_follow_seed_epoch_and_row_alone(folder):

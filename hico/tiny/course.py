@@ -118,6 +118,7 @@ def _train_and_examine(recipe: Recipe, folder: Path) -> Report:
     curve = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     model = HicoForConditionalGeneration.from_pretrained(final).eval()
     processor = HicoProcessor.from_pretrained(final)
+    processor.video = HicoProcessor.from_pretrained(folder / "model").video  # the same exam after every stage
     seen, blank = {}, {}
     for exam in TARGETS:
         rows = read_exam(folder / f"held_out_{exam}.jsonl")

@@ -176,6 +176,10 @@ def prepare(recipe: Recipe, *, is_first: bool = True) -> Prepared:
     check_frames(recipe, config.clip_len)
     seed, check_files = recipe.arguments.get("seed", 42), recipe.check_files and is_first
     mixture = read_mixture(recipe.data, seed=seed, sampling_strategy=recipe.sampling_strategy, check_files=check_files)
+    if mixture.num_videos.any():
+        # What is asked of the trained model later sees as many frames, chosen without chance.
+        frames = frame_settings(recipe)
+        processor.video = {**frames, "mode": frames["mode"].replace("rand", "middle"), **recipe.video}
     lengths = estimate_lengths(mixture, processor, recipe)
     rows, eval_mixture, eval_rows, eval_lengths = np.arange(len(mixture)), None, None, None
     if recipe.eval_data is not None:
