@@ -45,7 +45,9 @@ def make_checkpoint(folder: Path, *, gigabytes: float, shards: int, suffix: str)
     one, two = (weight_bytes(config_of(num_layers)) for num_layers in (1, 2))
     config = config_of(1 + max(0, round((gigabytes * 1e9 - one) / (two - one))))
     system, published = export_config(config)
-    shapes = {to_published(name, system): shape for name, shape in Expected.of(config).shapes.items()}
+    shapes = {
+        to_published(name, system, config.encoder["name"]): shape for name, shape in Expected.of(config).shapes.items()
+    }
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(published))
     names, weight_map = list(shapes), {}

@@ -60,7 +60,7 @@ def _add_convert(commands) -> None:
     parser.add_argument("source", help="folder of a checkpoint, or of an LLM")
     parser.add_argument("target", help="folder to write; must not exist")
     parser.add_argument("--to", choices=("hico", "published"), default="hico", help="layout to write (%(default)s)")
-    parser.add_argument("--encoder", help="for an LLM: UMT's pre-training file, or a CLIP or SigLIP folder")
+    parser.add_argument("--encoder", help="for an LLM: a file of UMT or InternVideo2, or a CLIP or SigLIP folder")
     parser.add_argument("--projector", help="for an LLM: mm_projector.bin of stage 1; random if omitted")
     parser.add_argument("--preset", help="for an LLM: the preset that says the rest")
     parser.set_defaults(run=_convert)

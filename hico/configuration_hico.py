@@ -78,6 +78,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "videochat-flash-2b-448": {"text_config": _QWEN2_5_1_5B, "encoder": {"name": "umt", "image_size": 448}},
     "videochat-flash-7b-224": {"text_config": _QWEN2_7B, "encoder": {"name": "umt", "image_size": 224}},
     "videochat-flash-7b-448": {"text_config": _QWEN2_7B, "encoder": {"name": "umt", "image_size": 448}},
+    "videochat-flash-7b-internvideo2": {
+        "text_config": _QWEN2_7B,
+        "encoder": {"name": "internvideo2", "image_size": 224},
+    },
     "longva-7b": {
         "text_config": {
             **_QWEN2_7B,
@@ -173,7 +177,7 @@ class HicoConfig(PreTrainedConfig):
 
         Args:
             name: ``tiny`` (untrained, runs anywhere), ``videochat-flash-2b-448``, ``videochat-flash-7b-224``,
-                ``videochat-flash-7b-448`` or ``longva-7b``.
+                ``videochat-flash-7b-448``, ``videochat-flash-7b-internvideo2`` or ``longva-7b``.
             changes: fields to set otherwise.
 
         Raises:

@@ -7,7 +7,7 @@ arXiv:2406.16852.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -19,32 +19,42 @@ from hico.llm_dropout.schedule import DropSchedule
 
 SYSTEMS = VIDEOCHAT_FLASH, LONGVA = "videochat-flash", "longva"
 
-_VISION_AND_TEXT = (
-    ("model.vision_tower.vision_tower.vision_model.", "model.encoder.vision_model."),
-    ("model.vision_tower.vision_tower.encoder.", "model.encoder."),
-    ("lm_head.", "lm_head."),
-    ("model.", "model.language_model."),
-)
-RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
-    VIDEOCHAT_FLASH: (("model.mm_projector.mlp.", "model.projector.mlp."), *_VISION_AND_TEXT),
-    LONGVA: (("model.mm_projector.", "model.projector.mlp."), *_VISION_AND_TEXT),
+_TOWER = "model.vision_tower.vision_tower."
+_TOWER_PREFIXES = {
+    "umt": (_TOWER + "encoder.", "model.encoder."),
+    "clip": (_TOWER + "vision_model.", "model.encoder.vision_model."),
+    "siglip": (_TOWER + "vision_model.", "model.encoder.vision_model."),
+    "internvideo2": (_TOWER, "model.encoder."),
 }
-"""System -> prefixes of tensor names, published and ours. The first that fits counts, in both directions."""
+"""Encoder -> prefix of its tensors, published and ours."""
+_PROJECTOR_PREFIXES = {
+    VIDEOCHAT_FLASH: ("model.mm_projector.mlp.", "model.projector.mlp."),
+    LONGVA: ("model.mm_projector.", "model.projector.mlp."),
+}
+_TEXT_PREFIXES = (("lm_head.", "lm_head."), ("model.", "model.language_model."))
+
+LAYER_SCALE = r"(?<=\.ls[12]\.)gamma$", "weight"
+"""InternVideo2's scales have either name in published files; the first is a pattern."""
 
 KEY_MAPPING = {
     r"^model\.vision_tower\.vision_tower\.encoder\.": "model.encoder.",
     r"^model\.vision_tower\.vision_tower\.vision_model\.": "model.encoder.vision_model.",
+    r"^model\.vision_tower\.vision_tower\.": "model.encoder.",
+    LAYER_SCALE[0]: LAYER_SCALE[1],
     r"^model\.mm_projector\.mlp\.": "model.projector.mlp.",
     r"^model\.mm_projector\.(?=\d)": "model.projector.mlp.",
     r"^model\.(?=(?:embed_tokens|layers|norm)\.)": "model.language_model.",
 }
-"""The same for ``transformers.PreTrainedModel.from_pretrained``; leaves our own names as they are."""
+"""`to_hico` for ``transformers.PreTrainedModel.from_pretrained``, which applies all of them in order; leaves our own
+names as they are."""
 
 SIZES_KEY = "_tiny_tower_sizes_not_in_official_config"
 """The published code fixes the sizes of its towers. A checkpoint with another tower says here how it was made:
-``img``, ``dim``, ``depth``, ``heads``, and where needed ``patch`` and ``mlp`` (the inner width)."""
+``img``, ``dim``, ``depth``, ``heads``, and where needed ``patch``, ``mlp`` (the inner width), ``frames`` and ``side``
+(the grid of its position table)."""
 
 TOWERS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("internvideo2", {"name": "internvideo2", "image_size": 224}),
     ("umt-hd", {"name": "umt", "image_size": 448}),
     ("umt", {"name": "umt", "image_size": 224}),
     ("clip-vit-large-patch14-336", {"name": "clip", "image_size": 336}),
@@ -65,6 +75,7 @@ SIZE_NAMES = {
     },
 }
 SIZE_NAMES["siglip"] = SIZE_NAMES["clip"]
+SIZE_NAMES["internvideo2"] = SIZE_NAMES["clip"] | {"frames": "pretrained_frames", "side": "pretrained_side"}
 
 TEXT_KEYS = (
     "vocab_size",
@@ -182,15 +193,32 @@ def translate(config: Mapping[str, Any]) -> Translation:
 
 def to_hico(name: str, system: str) -> str | None:
     """Return our name of a published tensor, or None if it is none of that system."""
-    return _rename(name, RENAMES[system])
+    towers = sorted(_TOWER_PREFIXES.values(), reverse=True)  # a prefix of another one comes after it
+    ours = _rename(name, [_PROJECTOR_PREFIXES[system], *towers, *_TEXT_PREFIXES])
+    return ours and re.sub(*LAYER_SCALE, ours)
 
 
-def to_published(name: str, system: str) -> str | None:
-    """Return the published name of one of our tensors, or None if that system has no such part."""
-    return _rename(name, [(ours, published) for published, ours in RENAMES[system]])
+def to_hico_on_load(name: str) -> str:
+    """Return our name of a tensor by `KEY_MAPPING`, as transformers does."""
+    for pattern, ours in KEY_MAPPING.items():
+        name = re.sub(pattern, ours, name, count=1)
+    return name
 
 
-def _rename(name: str, prefixes) -> str | None:
+def to_published(name: str, system: str, encoder: str) -> str | None:
+    """Return the published name of one of our tensors, or None if that system has no such part.
+
+    Args:
+        name: such as ``model.encoder.blocks.0.norm1.weight``.
+        system: ``VIDEOCHAT_FLASH`` or ``LONGVA``.
+        encoder: name of the encoder; each has its own place.
+    """
+    prefixes = [_PROJECTOR_PREFIXES[system], _TOWER_PREFIXES[encoder], *_TEXT_PREFIXES]
+    return _rename(name, [(ours, published) for published, ours in prefixes])
+
+
+def _rename(name: str, prefixes: Iterable[tuple[str, str]]) -> str | None:
+    """Change the first prefix that fits."""
     return next((new + name[len(old) :] for old, new in prefixes if name.startswith(old)), None)
 
 
@@ -246,11 +274,6 @@ def _text_config(keys: _Keys) -> dict[str, Any]:
 
 def _encoder(keys: _Keys) -> dict[str, Any]:
     name = str(keys.take("mm_vision_tower"))
-    if "internvideo2" in name.lower():
-        raise ValueError(
-            f"mm_vision_tower is {name!r}: hico has no InternVideo2 encoder, so this checkpoint cannot be loaded; "
-            "the releases with a UMT tower can"
-        )
     known = next((settings for part, settings in TOWERS if part in name.lower()), None)
     if known is None:
         parts = ", ".join(part for part, _ in TOWERS)
@@ -269,7 +292,12 @@ def _encoder(keys: _Keys) -> dict[str, Any]:
     return encoder
 
 
-_LAYER_SETTING = {"umt": "return_index", "clip": "feature_layer", "siglip": "feature_layer"}
+_LAYER_SETTING = {
+    "umt": "return_index",
+    "internvideo2": "return_index",
+    "clip": "feature_layer",
+    "siglip": "feature_layer",
+}
 
 
 def _videochat_flash(keys: _Keys) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -11,7 +11,7 @@ import pickle
 import re
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -229,10 +229,15 @@ def list_shards(source: Path) -> list[Path]:
     """
     if not source.is_dir():
         return [source]
-    found = next((source / name for name in WEIGHT_FILES if (source / name).is_file()), None)
-    if found is None:
-        raise CheckpointError(f"{source}: holds no weights; hico looks for {', '.join(WEIGHT_FILES)}")
+    found = _weight_file(source)
     return _read_index(found) if found.suffix == ".json" else [found]
+
+
+def _weight_file(folder: Path) -> Path:
+    found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise CheckpointError(f"{folder}: holds no weights; hico looks for {', '.join(WEIGHT_FILES)}")
+    return found
 
 
 def iterate_shards(source: Path) -> Iterator[Shard]:
@@ -252,14 +257,29 @@ def iterate_shards(source: Path) -> Iterator[Shard]:
         del shard  # before the next one is opened
 
 
-def check_shards(source: Path) -> None:
-    """Look at every weight file of a checkpoint, without reading its tensors.
+def check_shards(source: Path, *, rename: Callable[[str], str] = str) -> None:
+    """Look at every weight file of a checkpoint that transformers is to load, without reading its tensors.
+
+    Args:
+        source: its folder.
+        rename: what becomes of the names of its tensors.
 
     Raises:
-        CheckpointError: as ``iterate_shards``.
+        CheckpointError: as ``iterate_shards``, and if two tensors get the same name, or an index lacks what
+            transformers asks of it.
     """
+    seen: dict[str, str] = {}
     for shard in iterate_shards(source):
+        for name in shard.tensors:
+            if (other := seen.setdefault(rename(name), name)) != name:
+                raise CheckpointError(f"{shard.path}: {other!r} and {name!r} both become {rename(name)!r}; remove one")
         del shard  # before the next one is opened
+    file = _weight_file(source)
+    if file.suffix == ".json" and not isinstance(json.loads(file.read_text()).get("metadata"), dict):
+        raise CheckpointError(
+            f'{file}: has no "metadata", without which transformers does not load it; write "metadata": {{}} beside '
+            '"weight_map", or let `hico convert` make a new index'
+        )
 
 
 def _read_index(path: Path) -> list[Path]:

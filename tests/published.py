@@ -122,8 +122,44 @@ def videochat_flash(llm, **changes) -> tuple[dict, dict[str, torch.Tensor]]:
     model = HicoForConditionalGeneration(HicoConfig(**translate(config).config))
     parts = ("model.encoder.", "model.projector.")
     vision = {name: weight for name, weight in model.state_dict().items() if name.startswith(parts)}
-    weights = {to_published(name, VIDEOCHAT_FLASH): w for name, w in vision.items()} | dict(llm.state_dict())
+    weights = {to_published(name, VIDEOCHAT_FLASH, "umt"): w for name, w in vision.items()} | dict(llm.state_dict())
     return config, {name: weight.clone().contiguous() for name, weight in weights.items()}
+
+
+def internvideo2(llm, *, scale: str = "gamma", **changes) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Return configuration and random weights of VideoChat-Flash with InternVideo2, names and shapes written by hand.
+
+    Args:
+        llm: a `tiny_llm`.
+        scale: what the scales of the blocks are called.
+        changes: keys of the configuration.
+    """
+    config = {
+        **TINY_TEXT,
+        "model_type": "videochat_flash_qwen",
+        "mm_vision_tower": "internvideo2",
+        "mm_vision_tower_lr": 2e-06,
+        "mm_vision_select_layer": -2,
+        "mm_hidden_size": 48,
+        "mm_local_num_frames": 4,
+        "mm_projector_type": "tome16_mlp_hd64",
+        SIZES_KEY: {"img": 128, "dim": 48, "depth": 3, "heads": 3, "patch": 16, "mlp": 80, "side": 8},
+        **changes,
+    }
+    shapes = {"cls_token": (1, 1, 48), "pos_embed": (1, 1 + 4 * 64, 48), "img_pos_embed": (1, 1 + 64, 48)}
+    shapes |= {"patch_embed.proj.weight": (48, 3, 1, 16, 16), "patch_embed.proj.bias": (48,)}
+    for index in range(2):
+        block = dict.fromkeys(("norm1.weight", "norm2.weight", f"ls1.{scale}", f"ls2.{scale}"), (48,))
+        block |= {"attn.qkv.weight": (144, 48), "attn.q_norm.weight": (48,), "attn.k_norm.weight": (48,)}
+        block |= {"attn.proj.weight": (48, 48), "attn.proj.bias": (48,)}
+        block |= {"mlp.fc1.weight": (80, 48), "mlp.fc1.bias": (80,)}
+        block |= {"mlp.fc2.weight": (48, 80), "mlp.fc2.bias": (48,)}
+        shapes |= {f"blocks.{index}.{name}": shape for name, shape in block.items()}
+    shapes = {f"model.vision_tower.vision_tower.{name}": shape for name, shape in shapes.items()}
+    shapes |= {"model.mm_projector.mlp.0.weight": (32, 48), "model.mm_projector.mlp.0.bias": (32,)}
+    shapes |= {"model.mm_projector.mlp.2.weight": (32, 32), "model.mm_projector.mlp.2.bias": (32,)}
+    weights = {name: 0.3 * torch.randn(shape) for name, shape in shapes.items()}
+    return config, weights | {name: weight.clone() for name, weight in llm.state_dict().items()}
 
 
 def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

@@ -15,13 +15,13 @@ from hico.grids import anyres_grids, unires_grids
 from hico.published import (
     KEY_MAPPING,
     LONGVA,
-    RENAMES,
     SIZES_KEY,
     SYSTEMS,
     VIDEOCHAT_FLASH,
     is_published,
     system_of,
     to_hico,
+    to_hico_on_load,
     to_published,
     translate,
 )
@@ -86,9 +86,14 @@ def test_the_name_of_the_tower_says_its_resolution(tower, size):
     assert translate({**FLASH, "mm_vision_tower": tower}).config["encoder"]["image_size"] == size
 
 
-def test_internvideo2_is_refused_for_what_it_is():
-    with pytest.raises(ValueError, match="hico has no InternVideo2 encoder, so this checkpoint cannot be loaded"):
-        translate({**FLASH, "mm_vision_tower": "internvideo2-umt-hd"})
+@pytest.mark.parametrize("tower", ["internvideo2", "InternVideo2-1B", "internvideo2-umt-hd"])
+def test_internvideo2_is_always_the_tower_of_224_pixels(tower):
+    keys = {"mm_vision_tower": tower, "mm_vision_select_layer": -2, "mm_hidden_size": 1408, "mm_local_num_frames": 4}
+    found = translate({**FLASH, **keys})
+    assert found.config["encoder"] == {"name": "internvideo2", "image_size": 224, "return_index": -2}
+    assert not found.unknown
+    config = HicoConfig(**found.config)
+    assert config.vision.num_video_tokens(4) == config.vision.num_image_tokens() == 64
 
 
 @pytest.mark.parametrize(
@@ -96,7 +101,7 @@ def test_internvideo2_is_refused_for_what_it_is():
     [
         (
             {"mm_vision_tower": "resnet"},
-            "mm_vision_tower is 'resnet', which hico cannot run; it knows names with umt-hd",
+            "mm_vision_tower is 'resnet', which hico cannot run; it knows names with internvideo2, umt-hd",
         ),
         (
             {"mm_projector_type": "qformer"},
@@ -257,6 +262,10 @@ def test_attention_in_chunks_of_long_contexts_is_ignored_for_a_reason():
         ({"drop_schedule": "uniform@4:64"}, "no published system can drop by 'uniform@4:64'"),
         ({"drop_schedule": "attention@4:0.5,uniform@8:0.25"}, "no published system can drop"),
         ({"encoder": {"name": "umt", "tubelet_size": 2}}, "tubelet_size of the encoder is 2"),
+        (
+            {"encoder": "internvideo2", "clip_len": 8},
+            "clip_len is 8, which no published system has; it must be 4",
+        ),
         ({"text_config": {"model_type": "llama"}}, "run over Qwen2, not 'llama'"),
         ({"compressor": "pooling", "projector_first": True, "clip_len": 1}, "with pooling, LongVA has tiles, flat"),
     ],
@@ -273,36 +282,58 @@ def test_other_configurations_are_not_taken_for_published_ones():
     assert translate(LONGVA_CONFIG).system == LONGVA
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_names_go_there_and_back(system):
-    names = ["lm_head.weight", "model.embed_tokens.weight", "model.layers.3.mlp.up_proj.weight", "model.norm.weight"]
-    names += ["model.vision_tower.vision_tower.encoder.blocks.1.attn.q_bias"]
-    names += ["model.vision_tower.vision_tower.vision_model.encoder.layers.0.layer_norm1.bias"]
-    names += [f"model.mm_projector.{'mlp.' if system == VIDEOCHAT_FLASH else ''}0.weight"]
-    for name in names:
-        assert to_published(to_hico(name, system), system) == name
-    assert len({to_hico(name, system) for name in names}) == len(names)
-    assert to_hico("optimizer.state", system) is None
-    assert {ours for _, ours in RENAMES[system]} >= {"model.encoder.", "model.projector.mlp.", "model.language_model."}
+TEXT_NAMES = ("lm_head.weight", "model.embed_tokens.weight", "model.layers.3.mlp.up_proj.weight", "model.norm.weight")
+TOWER_NAMES = {
+    "umt": ("encoder.blocks.1.attn.q_bias", "encoder.patch_embed.proj.weight"),
+    "clip": ("vision_model.encoder.layers.0.layer_norm1.bias", "vision_model.embeddings.class_embedding"),
+    "siglip": ("vision_model.encoder.layers.0.layer_norm1.bias",),
+    "internvideo2": ("cls_token", "img_pos_embed", "patch_embed.proj.weight", "blocks.1.ls2.weight"),
+}
+PROJECTOR_NAMES = {VIDEOCHAT_FLASH: "model.mm_projector.mlp.0.weight", LONGVA: "model.mm_projector.0.weight"}
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_transformers_renames_as_we_do(system):
+def names_of(system: str, encoder: str) -> list[str]:
+    towers = [f"model.vision_tower.vision_tower.{name}" for name in TOWER_NAMES[encoder]]
+    return [*TEXT_NAMES, *towers, PROJECTOR_NAMES[system]]
+
+
+def renamed_by_transformers(name: str) -> str:
     from transformers.core_model_loading import WeightRenaming
 
-    renamings = [WeightRenaming(source, target) for source, target in KEY_MAPPING.items()]
+    for renaming in [WeightRenaming(source, target) for source, target in KEY_MAPPING.items()]:
+        name, _ = renaming.rename_source_key(name)
+    return name
 
-    def renamed(name):
-        for renaming in renamings:
-            name, _ = renaming.rename_source_key(name)
-        return name
 
-    for name in ("lm_head.weight", "model.embed_tokens.weight", "model.layers.3.mlp.up_proj.weight"):
-        assert renamed(name) == to_hico(name, system)
-    for published, _ in RENAMES[system][:3]:
-        name = f"{published}0.weight"
-        assert renamed(name) == to_hico(name, system)
-        assert renamed(to_hico(name, system)) == to_hico(name, system)
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("encoder", TOWER_NAMES)
+def test_names_go_there_and_back(system, encoder):
+    names = names_of(system, encoder)
+    ours = [to_hico(name, system) for name in names]
+    assert [to_published(name, system, encoder) for name in ours] == names
+    assert len(set(ours)) == len(names)
+    beginnings = ("lm_head.", "model.language_model.", "model.encoder.", "model.projector.mlp.")
+    assert all(name.startswith(beginnings) for name in ours)
+    assert to_hico("optimizer.state", system) is None
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("encoder", TOWER_NAMES)
+def test_transformers_renames_as_we_do(system, encoder):
+    for name in names_of(system, encoder):
+        assert renamed_by_transformers(name) == to_hico_on_load(name) == to_hico(name, system)
+        assert renamed_by_transformers(to_hico(name, system)) == to_hico(name, system)
+
+
+def test_scales_of_internvideo2_have_either_name():
+    name = "model.vision_tower.vision_tower.blocks.38.ls1."
+    ours = "model.encoder.blocks.38.ls1.weight"
+    for scale in ("gamma", "weight"):
+        assert to_hico(name + scale, VIDEOCHAT_FLASH) == renamed_by_transformers(name + scale) == ours
+    assert to_published(ours, VIDEOCHAT_FLASH, "internvideo2") == name + "weight"
+    for other in ("model.layers.3.gamma", "model.vision_tower.vision_tower.blocks.0.ls1.gamma.scale"):
+        assert "gamma" in to_hico(other, VIDEOCHAT_FLASH)
+        assert "gamma" in renamed_by_transformers(other)
 
 
 def test_longva_samples_from_the_first_frame_to_the_last():

@@ -237,6 +237,24 @@ def test_a_tensor_listed_twice_in_an_index_is_named(tmp_path):
         check_shards(tmp_path)
 
 
+def test_an_index_without_metadata_is_named_to_those_who_load_it(tmp_path):
+    write(tmp_path / "m1.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(TENSORS, "m1.safetensors")}))
+    assert [shard.tensors.keys() for shard in iterate_shards(tmp_path)] == [TENSORS.keys()]
+    with pytest.raises(CheckpointError, match=r'index\.json: has no "metadata", .*write "metadata": \{\} beside'):
+        check_shards(tmp_path)
+    index.write_text(json.dumps({"metadata": {}, **json.loads(index.read_text())}))
+    check_shards(tmp_path)
+
+
+def test_tensors_that_get_the_same_name_are_named(tmp_path):
+    write_sharded(tmp_path, {"m1.safetensors": {"a": TENSORS["a"]}, "m2.safetensors": {"A": TENSORS["a"]}})
+    check_shards(tmp_path)
+    with pytest.raises(CheckpointError, match=r"m2\.safetensors: 'a' and 'A' both become 'a'; remove one"):
+        check_shards(tmp_path, rename=str.lower)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": []}}'])
 def test_an_index_that_is_none_is_named(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)

@@ -21,6 +21,7 @@ from hico.convert.sources import (
     VISION_TOWER,
     WEIGHTS,
     Source,
+    encoder_in_file,
     llm_to_hico,
     projector_to_hico,
     published_to_hico,
@@ -36,7 +37,7 @@ from hico.shards import SAFETENSORS_DTYPES, CheckpointError, Shard, TensorShard,
 from hico.tokenizer import add_placeholders, load_llm_tokenizer
 
 LAYOUTS = ("hico", "published")
-DEFAULT_PRESET = {"clip": "longva-7b"}
+DEFAULT_PRESET = {"clip": "longva-7b", "internvideo2": "videochat-flash-7b-internvideo2"}
 """Encoder -> preset that a model made of parts follows; the others follow `ASSEMBLED_PRESET`."""
 ASSEMBLED_PRESET = "videochat-flash-7b-224"
 
@@ -58,11 +59,11 @@ def convert(
         source: a checkpoint of VideoChat-Flash or LongVA, or ours; or an LLM of transformers, for a model of parts.
         target: folder to write.
         to: ``"hico"``, or ``"published"`` for the layout of the system that the model follows.
-        encoder: for a model of parts: ``UMT-L_f4_vision.pt`` or another file of UMT's pre-training, or the folder of a
-            CLIP or SigLIP model.
+        encoder: for a model of parts: a file of the pre-training of UMT (``UMT-L_f4_vision.pt``) or InternVideo2
+            (``InternVideo2-1B_f4_vision.pt``), or the folder of a CLIP or SigLIP model.
         projector: for a model of parts: ``mm_projector.bin`` of stage 1; random, from a fixed seed, if omitted.
-        preset: for a model of parts: the `HicoConfig.preset` that says the rest; if omitted, LongVA's for CLIP and
-            VideoChat-Flash's otherwise.
+        preset: for a model of parts: the `HicoConfig.preset` that says the rest; if omitted, LongVA's for CLIP, and
+            otherwise VideoChat-Flash's with that encoder.
 
     Returns:
         What became of every tensor and key.
@@ -111,7 +112,7 @@ def _to_published(source: Source, target: Path) -> Report:
         raise ValueError(f"{source.path} ({source.kind}) is not in our layout; convert it to hico first")
     config = HicoConfig.from_pretrained(source.path)
     system, settings = export_config(config)
-    rename = partial(to_published, system=system)
+    rename = partial(to_published, system=system, encoder=config.encoder["name"])
     plan = make_plan(source.shards(rename), Expected.of(config).renamed(rename))
     _check_tied(plan, open_shard)
     tokenizer = load_llm_tokenizer(str(source.path))
@@ -132,7 +133,8 @@ def _assemble(
     tower = Source.at(encoder)
     if tower.kind not in (WEIGHTS, VISION_TOWER):
         raise ValueError(
-            f"{encoder} is no vision tower ({tower.kind}); give a file of UMT, or a CLIP or SigLIP folder"
+            f"{encoder} is no vision tower ({tower.kind}); give a file of UMT or InternVideo2, or a CLIP or SigLIP "
+            "folder"
         )
     tokenizer = load_llm_tokenizer(str(source.path))
     config = _assembled_config(source, tower, tokenizer, preset)
@@ -172,10 +174,12 @@ def _assembled_config(
         changes["text_config"].pop(key, None)
     if tower.kind == VISION_TOWER:
         changes["encoder"] = tower_settings(tower.config)
-        preset = preset or DEFAULT_PRESET.get(changes["encoder"]["name"])
+    if preset is None:
+        name = changes["encoder"]["name"] if "encoder" in changes else encoder_in_file(tower)
+        preset = DEFAULT_PRESET.get(name, ASSEMBLED_PRESET)
     if tokenizer:
         changes |= add_placeholders(tokenizer)
-    return HicoConfig.preset(preset or ASSEMBLED_PRESET, **changes)
+    return HicoConfig.preset(preset, **changes)
 
 
 def _random_projector(expected: Expected, source: Source) -> Shard:

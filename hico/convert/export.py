@@ -9,6 +9,8 @@ from hico.llm_dropout import DropSchedule
 from hico.published import LONGVA, SIZE_NAMES, SIZES_KEY, TEXT_KEYS, TOWERS, VIDEOCHAT_FLASH
 from hico.registry import COMPRESSORS, ENCODERS
 
+_CLIP_LENS = {"internvideo2": 4}
+"""Encoder -> frames per clip, where the published code takes no other number."""
 _CONTEXT = {"transformers_version": "4.40.1", "tokenizer_padding_side": "right"}
 
 
@@ -111,6 +113,7 @@ def _videochat_flash(config: HicoConfig) -> tuple[str, dict[str, Any]]:
         _require(f"{key} of the compressor", merging[key], wanted)
     _require("projector_first", config.projector_first, False)
     _require("image_layout", config.image_layout, "mosaic")
+    _require("clip_len", config.clip_len, _CLIP_LENS.get(config.encoder["name"], config.clip_len))
     tower = _tower_keys(config)
     return VIDEOCHAT_FLASH, {
         "model_type": "llava_qwen_flash",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hico.convert.plan import Rename, Unused
-from hico.published import SYSTEMS, is_published, system_of, to_hico
+from hico.published import LAYER_SCALE, SYSTEMS, is_published, system_of, to_hico
 from hico.shards import CheckpointError, Shard, iterate_shards
 
 HICO, LLM, VISION_TOWER, WEIGHTS = "hico", "LLM", "vision tower", "weights"
@@ -118,12 +118,21 @@ _TOWER_NAMES: tuple[tuple[str, str | Unused], ...] = (
     (r"(embeddings|encoder\.layers|pre_layrnorm|post_layernorm|head)\.", r"model.encoder.vision_model.\g<0>"),
     (r"encoder\.norm(?=\.)", "model.encoder.vision_layernorm"),
     (r"encoder\.", "model.encoder."),
+    (r"(?:vision_encoder\.)?(blocks\.|patch_embed\.|(?:cls_token|(?:img_)?pos_embed)$)", r"model.encoder.\g<1>"),
     (r"", Unused("not of the encoder")),
 )
-"""Beginnings of names, in the files of UMT's pre-training and in models of transformers, and what they become."""
+"""Beginnings of names, in files of UMT and InternVideo2 and in models of transformers, and what they become."""
 
 
 def tower_to_hico(name: str) -> str | Unused | None:
-    """Rename a tensor of UMT's pre-training file, or of a CLIP or SigLIP model of transformers."""
+    """Rename a tensor of a file of UMT or InternVideo2, or of a CLIP or SigLIP model of transformers."""
     pattern, fate = next((pattern, fate) for pattern, fate in _TOWER_NAMES if re.match(pattern, name))
-    return fate if isinstance(fate, Unused) else re.sub(f"^(?:{pattern})", fate, name)
+    if isinstance(fate, Unused):
+        return fate
+    return re.sub(*LAYER_SCALE, re.sub(f"^(?:{pattern})", fate, name))
+
+
+def encoder_in_file(source: Source) -> str:
+    """Say whether a file of weights is InternVideo2's, which alone has norms of queries and keys, or else UMT's."""
+    names = (name for shard, _ in source.shards(tower_to_hico) for name in shard.tensors)
+    return "internvideo2" if any(name.endswith(".attn.q_norm.weight") for name in names) else "umt"
