@@ -158,7 +158,7 @@ def complaints(folder, monkeypatch, capfd, recipe, *flags):
         ({"optim": "adamw_8bit"}, "bitsandbytes"),
         ({"lr_scheduler_type": "cosin"}, "did you mean 'cosine'"),
         ({"lr_scheduler_kwargs": {"foo": 1}}, "unexpected keyword argument 'foo'"),
-        ({"report_to": "tensorbord"}, "tensorbord is not supported"),
+        ({"report_to": "tensorbord"}, "report_to: tensorbord is not supported"),
         ({"report_to": ["none", "swanlab"]}, "report_to: swanlab needs a package that is not installed"),
         ({"report_to": None}, "report_to is null; write report_to: none"),
         ({"remove_unused_columns": True}, "remove_unused_columns cannot be set"),
@@ -185,12 +185,14 @@ def complaints(folder, monkeypatch, capfd, recipe, *flags):
         ({"model": "rows.json"}, "starts from rows.json"),
         ({"model_config": {"encoder": {"width": 3}}}, "unexpected keyword argument 'width'"),
         ({"model_config": {"text_config": 3}}, "model_config sets text_config to 3"),
+        ({"model_config": {"encoder": "umt"}, "image_size": 24}, "model_config sets encoder to 'umt'"),
         ({"model_config": {3: 3}}, "model_config is {3: 3}"),
         ({"model_config": {"compressor": "nope"}}, "unknown compressor 'nope'"),
         ({"image_size": 25}, "resize to 24 x 24"),
         ({"drop_schedule": "uniform@1"}, "write policy@layer:keep"),
         ({"drop_schedule": "uniform@1:1.5"}, "keeps the ratio 1.5"),
         ({"drop_schedule": {"llm_compress_type": ["uniform"]}}, "not of the published form"),
+        ({"drop_schedule": [{"layer": 1, "policy": ["x"], "keep": 0.5}]}, "unknown drop policy"),
         ({"data": []}, "the mixture takes no row"),
         ({"data": "none.yaml"}, "none.yaml"),
         ({"data": [{"json_path": "rows.json", "data_root": 3}]}, "data_root is 3"),
@@ -218,7 +220,7 @@ def test_a_bad_recipe_ends_in_one_line(corpus, monkeypatch, capfd, changes, mess
         ({"model_config": {"encoder": {"hidden_size": 32}}}, "is (16,), but by the configuration it is (32,)"),
         ({"model_config": {"encoder": {"depth": 3}}}, "missing, such as model.encoder.blocks"),
         ({"model_config": {"text_config": {"vocab_size": 100}}}, "no model can be built of init"),
-        (LORA | {"lora": {"target_modules": ["nope"]}}, "lora: no target_modules of ['nope']"),
+        (LORA | {"lora": {"target_modules": ["nope"]}}, "lora with target_modules ['nope']: No modules"),
         ({"trainable": ["compressor"]}, "have no parameters in this model"),
     ],
 )
@@ -239,6 +241,30 @@ def test_a_dry_run_looks_below_adapters(corpus, monkeypatch, capfd, tmp_path):
     (line,) = complaints(corpus, monkeypatch, capfd, {**RECIPE, "model": str(adapters)}, "--dry_run")
     assert f"{corpus}/init/model.safetensors" in line
     assert "by the configuration it is (32," in line
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.json", "{", "not a valid JSON file"),
+        ("config.json", '{"model_type": "hico", "text_config": 3}', "is damaged or missing"),
+        ("processor_config.json", "{}", "is damaged or missing"),
+        ("model.safetensors", "", "cut off inside its header"),
+        ("adapter_config.json", "{}", "names no model that its adapters belong to"),
+        (
+            "adapter_config.json",
+            '{"base_model_name_or_path": "gone"}',
+            "holds adapters for gone, which does not exist",
+        ),
+        ("adapter_config.json", '{"base_model_name_or_path": "damaged"}', "does not exist or is itself"),
+    ],
+)
+def test_a_dry_run_finds_a_damaged_checkpoint(corpus, monkeypatch, capfd, name, text, message):
+    shutil.copytree(corpus / "init", corpus / "damaged", dirs_exist_ok=True)
+    (corpus / "damaged" / name).write_text(text)
+    (line,) = complaints(corpus, monkeypatch, capfd, {**RECIPE, "model": "damaged"}, "--dry_run")
+    shutil.rmtree(corpus / "damaged")
+    assert message in line
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from hico.convert.sources import Source, published_to_hico
 from hico.shards import CheckpointError
 from hico.train.config import Recipe
 from hico.train.fields import check_keys, check_types, nearest_hint
-from hico.train.lora import ADAPTER_CONFIG, lora_config
+from hico.train.lora import folder_below, lora_config
 from hico.train.mixture import MODALITIES, check_reader
 from hico.video_io import ReadSettings
 
@@ -61,8 +61,9 @@ def check_recipe(recipe: Recipe) -> None:
     ):
         if asked is not None and asked not in known and "/" not in asked:  # with a slash it is a kernel of the hub
             raise ValueError(f"{key} is {asked!r}{nearest_hint(asked, known)}")
-    if not isinstance(text := recipe.model_config.get("text_config", {}), Mapping):
-        raise ValueError(f"model_config sets text_config to {text!r}; it must be a mapping of what changes")
+    for key in ("text_config", "encoder") if recipe.image_size else ("text_config",):
+        if not isinstance(changes := recipe.model_config.get(key, {}), Mapping):
+            raise ValueError(f"model_config sets {key} to {changes!r}; it must be a mapping of what changes")
     output_dir = Path(recipe.output_dir).absolute()
     there = next(folder for folder in (output_dir, *output_dir.parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -116,7 +117,10 @@ def check_trackers(recipe: Recipe) -> None:
     for name in [asked] if isinstance(asked, str) else asked:
         if name in ("none", "all"):
             continue
-        get_reporting_integration_callbacks([name])
+        try:
+            get_reporting_integration_callbacks([name])
+        except ValueError as error:
+            raise ValueError(f"report_to: {error}") from error
         if name not in (*get_available_reporting_integrations(), *_UNLISTED):
             raise ImportError(f"report_to: {name} needs a package that is not installed; run `pip install {name}`")
 
@@ -130,9 +134,10 @@ def check_weights(folder: Path, config: HicoConfig) -> None:
 
     Raises:
         ValueError: if tensors are missing, left over, damaged or of other sizes.
+        FileNotFoundError: if the checkpoint below is gone.
     """
-    while (adapters := folder / ADAPTER_CONFIG).is_file():
-        folder = Path(json.loads(adapters.read_text())["base_model_name_or_path"])
+    while (below := folder_below(folder)) is not None:
+        folder = below
     source = Source.at(folder)
     rename = published_to_hico(source.kind) if source.is_published else lambda name: name
     try:

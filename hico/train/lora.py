@@ -1,5 +1,6 @@
 """Adapters on the LLM (LoRA), through peft: training with them, and merging them into the model."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -45,7 +46,7 @@ def add_lora(
     try:
         return _peft().get_peft_model(model, config)
     except ValueError as error:
-        raise ValueError(f"lora: no target_modules of {settings.get('target_modules', LINEARS)}: {error}") from error
+        raise ValueError(f"lora with target_modules {settings.get('target_modules', LINEARS)}: {error}") from error
 
 
 def lora_config(settings: Mapping[str, Any]):
@@ -88,14 +89,9 @@ def load_model(
         ValueError: if weights are of other sizes than the configuration asks for.
     """
     config = HicoConfig.from_pretrained(folder) if config is None else config
-    if (Path(folder) / ADAPTER_CONFIG).is_file():
+    below = folder_below(folder)
+    if below is not None:
         peft = _peft()
-        below = Path(peft.PeftConfig.from_pretrained(folder).base_model_name_or_path)
-        if not below.is_dir():
-            raise FileNotFoundError(
-                f"{folder} holds adapters for {below}, which does not exist; put it back there, or write where it is "
-                f"into base_model_name_or_path of {Path(folder) / ADAPTER_CONFIG}"
-            )
         model = load_model(below, config=config, dtype=dtype, **options)
         model = peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
     else:
@@ -108,6 +104,28 @@ def load_model(
             ) from error
     model.name_or_path = str(Path(folder).resolve())
     return model
+
+
+def folder_below(folder: str | Path) -> Path | None:
+    """Return the folder of the model that the adapters in ``folder`` were trained on; ``None`` if it holds none.
+
+    Raises:
+        FileNotFoundError: if that folder is gone.
+        ValueError: if the adapters do not name one.
+    """
+    path = Path(folder) / ADAPTER_CONFIG
+    if not path.is_file():
+        return None
+    try:
+        below = Path(json.loads(path.read_text())["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} names no model that its adapters belong to ({error!r})") from error
+    if not below.is_dir() or below.resolve() == Path(folder).resolve():
+        raise FileNotFoundError(
+            f"{folder} holds adapters for {below}, which does not exist or is itself; put it back there, or write "
+            f"where it is into base_model_name_or_path of {path}"
+        )
+    return below
 
 
 def merge_lora(folder: str | Path, output: str | Path) -> None:

@@ -215,6 +215,7 @@ def load_config(recipe: Recipe) -> tuple[HicoConfig, HicoProcessor]:
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
+        ValueError: if it cannot be read, or ``model_config`` does not describe a model.
     """
     folder = Path(recipe.model)
     if not (folder / "config.json").is_file():
@@ -223,7 +224,10 @@ def load_config(recipe: Recipe) -> tuple[HicoConfig, HicoProcessor]:
             f"stage {recipe.name!r} starts from {folder}, which {what}; "
             "finish the stage before, or name another checkpoint with --model"
         )
-    config = HicoConfig.from_pretrained(folder)
+    try:
+        config, processor = HicoConfig.from_pretrained(folder), HicoProcessor.from_pretrained(folder)
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"configuration or processor in {folder} is damaged or missing: {error}") from error
     changes = dict(recipe.model_config)
     for name, known, given in (
         ("model_config", config, changes),
@@ -238,7 +242,6 @@ def load_config(recipe: Recipe) -> tuple[HicoConfig, HicoProcessor]:
         config = HicoConfig.from_dict(_merged(config.to_dict(), changes))
     except TypeError as error:
         raise ValueError(f"model_config {recipe.model_config} does not describe a model: {error}") from error
-    processor = HicoProcessor.from_pretrained(folder)
     processor.vision, processor.time_message = config.vision, recipe.time_message
     return config, processor
 
