@@ -45,7 +45,7 @@ class DropStage:
                 f"{self} drops before layer 0, which builds the masks and positions of all others; start at layer 1"
             )
         if not isinstance(self.policy, str) or self.policy not in DROP_POLICIES:
-            DROP_POLICIES.get(self.policy)
+            DROP_POLICIES.get(self.policy if isinstance(self.policy, str) else repr(self.policy))
         if isinstance(self.keep, bool) or not isinstance(self.keep, int | float):
             raise ValueError(f"keep {self.keep!r} of {self} is neither a ratio like 0.25 nor a whole number of tokens")
         if isinstance(self.keep, float) and not 0 < self.keep <= 1:
