@@ -187,6 +187,9 @@ def complaints(folder, monkeypatch, capfd, recipe, *flags):
         ({"model_config": {"text_config": 3}}, "model_config sets text_config to 3"),
         ({"model_config": {"encoder": "umt"}, "image_size": 24}, "model_config sets encoder to 'umt'"),
         ({"model_config": {3: 3}}, "model_config is {3: 3}"),
+        ({"model_config": {"encoder": {"hidden_size": 32}}}, "is (16,), but by the configuration it is (32,)"),
+        ({"model_config": {"encoder": {"depth": 3}}}, "missing, such as model.encoder.blocks"),
+        ({"model_config": {"text_config": {"vocab_size": 100}}}, "no model can be built of init"),
         ({"model_config": {"compressor": "nope"}}, "unknown compressor 'nope'"),
         ({"image_size": 25}, "resize to 24 x 24"),
         ({"drop_schedule": "uniform@1"}, "write policy@layer:keep"),
@@ -217,9 +220,6 @@ def test_a_bad_recipe_ends_in_one_line(corpus, monkeypatch, capfd, changes, mess
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_config": {"encoder": {"hidden_size": 32}}}, "is (16,), but by the configuration it is (32,)"),
-        ({"model_config": {"encoder": {"depth": 3}}}, "missing, such as model.encoder.blocks"),
-        ({"model_config": {"text_config": {"vocab_size": 100}}}, "no model can be built of init"),
         (LORA | {"lora": {"target_modules": ["nope"]}}, "lora with target_modules ['nope']: No modules"),
         ({"trainable": ["compressor"]}, "have no parameters in this model"),
     ],
@@ -231,7 +231,7 @@ def test_a_dry_run_finds_what_loading_would(corpus, monkeypatch, capfd, changes,
     assert message in line
 
 
-def test_a_dry_run_looks_below_adapters(corpus, monkeypatch, capfd, tmp_path):
+def test_adapters_are_checked_with_the_model_below(corpus, monkeypatch, capfd, tmp_path):
     adapters = tmp_path / "adapters"
     shutil.copytree(corpus / "init", adapters, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((adapters / "config.json").read_text())
@@ -246,9 +246,18 @@ def test_a_dry_run_looks_below_adapters(corpus, monkeypatch, capfd, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("config.json", "{", "not a valid JSON file"),
+        ("config.json", "{", "config.json: cannot be read"),
+        ("config.json", '{"model_type": "qwen2"}', "holds qwen2 and not a whole model; make one with `hico convert"),
         ("config.json", '{"model_type": "hico", "text_config": 3}', "is damaged or missing"),
         ("processor_config.json", "{}", "is damaged or missing"),
+        ("tokenizer_config.json", "{}", "has no padding token"),
+        ("chat_template.jinja", "{% if", "the chat template cannot be used: unexpected"),
+        (
+            "chat_template.jinja",
+            "{{ raise_exception('no system turn') }}",
+            "the chat template cannot be used: no system",
+        ),
+        ("chat_template.jinja", "{{ messages[0].role }}", "writes 'user', which is not ChatML"),
         ("model.safetensors", "", "cut off inside its header"),
         ("adapter_config.json", "{}", "names no model that its adapters belong to"),
         (
@@ -259,10 +268,11 @@ def test_a_dry_run_looks_below_adapters(corpus, monkeypatch, capfd, tmp_path):
         ("adapter_config.json", '{"base_model_name_or_path": "damaged"}', "does not exist or is itself"),
     ],
 )
-def test_a_dry_run_finds_a_damaged_checkpoint(corpus, monkeypatch, capfd, name, text, message):
+@pytest.mark.parametrize("flags", [(), ("--dry_run",)], ids=["train", "dry"])
+def test_a_damaged_checkpoint_is_named(corpus, monkeypatch, capfd, name, text, message, flags):
     shutil.copytree(corpus / "init", corpus / "damaged", dirs_exist_ok=True)
     (corpus / "damaged" / name).write_text(text)
-    (line,) = complaints(corpus, monkeypatch, capfd, {**RECIPE, "model": "damaged"}, "--dry_run")
+    (line,) = complaints(corpus, monkeypatch, capfd, {**RECIPE, "model": "damaged"}, *flags)
     shutil.rmtree(corpus / "damaged")
     assert message in line
 

@@ -1,14 +1,13 @@
 """What a recipe would do: the report of ``--dry_run``."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hico.modeling_hico import HicoForConditionalGeneration
-from hico.train.checks import check_weights, zero_stage
+from hico.train.checks import zero_stage
 from hico.train.config import Recipe
 from hico.train.lora import add_lora
 from hico.train.parts import count_parameters, freeze, part_of
@@ -27,10 +26,8 @@ def dry_run(recipe: Recipe, prepared: Prepared, *, world_size: int) -> str:
         Text: trainable parameters per part, parameter groups, rows per dataset, tokens per step, steps, memory.
 
     Raises:
-        ValueError: if the weights are of other sizes, no part learns, adapters find no place, or the batch does not
-            divide.
+        ValueError: if no part learns, adapters find no place, or the batch does not divide.
     """
-    check_weights(Path(recipe.model), prepared.config)
     with torch.device("meta"):
         model = HicoForConditionalGeneration(prepared.config)
     freeze(model, [*recipe.trainable, *(["llm"] if recipe.lora is not None else [])])

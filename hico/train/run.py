@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from transformers import TrainingArguments, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hico.configuration_hico import HicoConfig
+from hico.convert.sources import HICO, Source
 from hico.llm_dropout.schedule import DropSchedule
 from hico.processing_hico import HicoProcessor
 from hico.train import checkpoint, provenance
 from hico.train.batching import BatchRule, BatchSampler
+from hico.train.checks import check_processor, check_weights
 from hico.train.config import Recipe, nearest_hint
 from hico.train.dataset import TrainingRows, frame_settings
 from hico.train.lengths import estimate_lengths
@@ -162,7 +165,7 @@ def make_trainer(recipe: Recipe, args: TrainingArguments, prepared: Prepared) ->
 
 
 def prepare(recipe: Recipe, *, is_first: bool = True) -> Prepared:
-    """Read and check everything but the weights.
+    """Read and check everything but the values of the weights.
 
     Args:
         recipe: of the stage.
@@ -172,6 +175,9 @@ def prepare(recipe: Recipe, *, is_first: bool = True) -> Prepared:
         ValueError, FileNotFoundError: for what is wrong with recipe, data or checkpoint.
     """
     config, processor = load_config(recipe)
+    check_processor(processor)
+    if not is_deepspeed_zero3_enabled():  # it would shard the model that is only asked for its sizes
+        check_weights(Path(recipe.model), config)
     schedule = read_schedule(recipe, config)
     check_frames(recipe, config.clip_len)
     seed, check_files = recipe.arguments.get("seed", 42), recipe.check_files and is_first
@@ -223,6 +229,12 @@ def load_config(recipe: Recipe) -> tuple[HicoConfig, HicoProcessor]:
         raise FileNotFoundError(
             f"stage {recipe.name!r} starts from {folder}, which {what}; "
             "finish the stage before, or name another checkpoint with --model"
+        )
+    source = Source.at(folder)
+    if source.kind != HICO and not source.is_published:
+        raise ValueError(
+            f"stage {recipe.name!r} starts from {folder}, which holds {source.config.get('model_type')} and not a "
+            f"whole model; make one with `hico convert {folder} OUTPUT --encoder FILE`"
         )
     try:
         config, processor = HicoConfig.from_pretrained(folder), HicoProcessor.from_pretrained(folder)
