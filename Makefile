@@ -39,7 +39,8 @@ test: setup
 	@$(BIN)/python -m pytest -m "not slow"
 
 test-slow: setup
-	@echo "== running the slow tests"
+	@echo "== running the slow tests, those of DeepSpeed too (it needs a C++ compiler)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -e '.[dev,deepspeed]'
 	@$(BIN)/python -m pytest -m slow
 
 COMPAT := .venv-compat

@@ -19,9 +19,6 @@ from hico.train.run import STOPPED
 NUM_KILLS = 12
 NUM_STEPS = 120
 
-pytestmark = pytest.mark.slow
-
-
 def command(folder, name):
     recipe = make(
         folder,
@@ -98,6 +95,7 @@ def test_a_run_killed_many_times_ends_like_one_that_was_not(tmp_path):
     assert one == other
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_whole_group_ends_in_a_checkpoint(tmp_path):
     write_corpus(tmp_path)
     longer = ["--max_steps", "300", "--save_steps", "1000"]
@@ -117,6 +115,7 @@ def test_sigterm_to_the_whole_group_ends_in_a_checkpoint(tmp_path):
     assert losses(output_dir) == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_killing_a_run_leaves_no_process_behind(tmp_path):
     write_corpus(tmp_path)
     process = start(command(tmp_path, "orphans"))
@@ -160,6 +159,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_failing_run_ends_though_its_workers_outlive_a_signal(tmp_path):
     write_corpus(tmp_path)
     arguments = command(tmp_path, "failing")[3:]

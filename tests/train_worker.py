@@ -2,11 +2,15 @@
 
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from hico.train import run
@@ -21,11 +25,28 @@ class Record(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if not self.gradients:
-            self.gradients = {name: p.grad.clone() for name, p in named(model) if p.grad is not None}
+            self.gradients = {name: whole(p.grad).clone() for name, p in named(model) if p.grad is not None}
 
 
 def named(model):
-    return [(name.removeprefix("module."), parameter) for name, parameter in model.named_parameters()]
+    added = re.compile(r"^module\.|_checkpoint_wrapped_module\.")
+    return [(added.sub("", name), parameter) for name, parameter in model.named_parameters()]
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def let_processes_be_devices():
+    """Let accelerate shard over CPU processes, as it does over devices of any other kind."""
+    real = PartialState.__init__
+
+    def init(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = init
 
 
 def record_deepspeed(record):
@@ -58,6 +79,8 @@ class StopAt(TrainerCallback):
 def main(recipe_file, result):
     recipe = make_recipe(json.loads(Path(recipe_file).read_text()))
     record, made, real = Record(), [], run.make_trainer
+    if "ACCELERATE_USE_FSDP" in os.environ:
+        let_processes_be_devices()
 
     def make_trainer(*args):
         trainer = real(*args)
@@ -75,7 +98,9 @@ def main(recipe_file, result):
         final = run.run_stage(recipe)
         if made[0].args.process_index == 0:
             losses = [entry["loss"] for entry in made[0].state.log_history if "loss" in entry]
-            torch.save({"losses": losses, "gradients": record.gradients, "final": str(final)}, result)
+            sharded = made[0].is_fsdp_enabled
+            found = {"losses": losses, "gradients": record.gradients, "final": str(final), "sharded": sharded}
+            torch.save(found, result)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
