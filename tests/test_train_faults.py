@@ -19,6 +19,7 @@ from hico.train.run import STOPPED
 NUM_KILLS = 12
 NUM_STEPS = 120
 
+
 def command(folder, name):
     recipe = make(
         folder,

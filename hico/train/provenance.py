@@ -20,7 +20,7 @@ _DATA = ("started_from", "seed", "datasets", "order")
 _HOW = re.compile(
     r"(output_dir|name|model|check_files|decode_timeout|peak_tflops|on_bad_sample|max_bad_fraction|attn_implementation"
     r"|eval_(?!data|fraction).*|per_device_eval.*|(activation|gradient)_checkpointing.*|use_cpu|deepspeed"
-    r"|(dataloader|ddp|disable|fsdp|hub|log|logging|push|report|run|save|torch)_.*)"
+    r"|fsdp|(dataloader|ddp|disable|fsdp|hub|log|logging|push|report|run|save|torch)_.*)"
 )
 """Settings that say how a stage is run or watched, not what comes of it."""
 
