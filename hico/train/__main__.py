@@ -65,11 +65,8 @@ def _complain(error: Exception, where: str = "") -> None:
 
 
 def _train(recipes) -> None:
-    from hico.train.checks import check_recipe
     from hico.train.run import run_chain
 
-    for recipe in recipes:
-        check_recipe(recipe)
     try:
         run_chain(recipes)
     finally:

@@ -58,6 +58,16 @@ def check_recipe(recipe: Recipe) -> None:
     zero_stage(recipe)
     if recipe.lora is not None:
         lora_config(recipe.lora)
+    check_words(recipe)
+    check_output(Path(recipe.output_dir))
+    check_video(recipe.video)
+    for key in ("text_config", "encoder") if recipe.image_size else ("text_config",):
+        if not isinstance(changes := recipe.model_config.get(key, {}), Mapping):
+            raise ValueError(f"model_config sets {key} to {changes!r}; it must be a mapping of what changes")
+
+
+def check_words(recipe: Recipe) -> None:
+    """Raise ``ValueError`` at a word that transformers knows only when it is needed, and then stops at."""
     for key, asked, known in (
         ("attn_implementation", recipe.attn_implementation, ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]),
         ("metric_for_best_model", recipe.arguments.get("metric_for_best_model"), _METRICS),
@@ -65,21 +75,30 @@ def check_recipe(recipe: Recipe) -> None:
     ):
         if asked is not None and asked not in known and "/" not in asked:  # with a slash it is a kernel of the hub
             raise ValueError(f"{key} is {asked!r}{nearest_hint(asked, known)}")
-    for key in ("text_config", "encoder") if recipe.image_size else ("text_config",):
-        if not isinstance(changes := recipe.model_config.get(key, {}), Mapping):
-            raise ValueError(f"model_config sets {key} to {changes!r}; it must be a mapping of what changes")
-    output_dir = Path(recipe.output_dir).absolute()
-    there = next(folder for folder in (output_dir, *output_dir.parents) if folder.exists())
+
+
+def check_output(folder: Path) -> None:
+    """Raise ``ValueError`` if a folder is not there and cannot be made, or cannot be written to."""
+    there = next(part for part in (folder.absolute(), *folder.absolute().parents) if part.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         what = "cannot be written to" if there.is_dir() else "is not a folder"
-        raise ValueError(f"output_dir is {recipe.output_dir}, but {there} {what}; name another")
-    check_keys(recipe.video, [known.name for known in fields(ReadSettings)], what="video")
-    check_types(recipe.video, ReadSettings)
-    if taken := [key for key in _FRAMES if key in recipe.video]:
+        raise ValueError(f"output_dir is {folder}, but {there} {what}; name another")
+
+
+def check_video(settings: Mapping[str, Any]) -> None:
+    """Check settings of `hico.video_io.read_video` that a recipe gives beside those of its own.
+
+    Raises:
+        ValueError: if one is unknown, of another type, or the recipe's own.
+        ImportError: if the reader is not installed.
+    """
+    check_keys(settings, [known.name for known in fields(ReadSettings)], what="video")
+    check_types(settings, ReadSettings)
+    if taken := [key for key in _FRAMES if key in settings]:
         raise ValueError(
             f"video sets {taken[0]!r}; set frame_sampling, min_frames and max_frames of the recipe instead"
         )
-    check_reader(recipe.video.get("reader", "pyav"))
+    check_reader(settings.get("reader", "pyav"))
 
 
 def check_arguments(recipe: Recipe) -> None:

@@ -20,7 +20,7 @@ from hico.llm_dropout.schedule import DropSchedule
 from hico.processing_hico import HicoProcessor
 from hico.train import checkpoint, provenance
 from hico.train.batching import BatchRule, BatchSampler
-from hico.train.checks import check_processor, check_weights
+from hico.train.checks import check_processor, check_recipe, check_weights
 from hico.train.config import Recipe, nearest_hint
 from hico.train.dataset import TrainingRows, frame_settings
 from hico.train.lengths import estimate_lengths
@@ -89,11 +89,13 @@ class Prepared:
 
 
 def run_chain(recipes: Sequence[Recipe]) -> Path:
-    """Run stages one after the other; finished ones are skipped.
+    """Run stages one after the other; finished ones are skipped. All recipes are checked before the first runs.
 
     Returns:
         The folder of the last stage's model.
     """
+    for recipe in recipes:
+        check_recipe(recipe)
     for recipe in recipes:
         result = run_stage(recipe)
     return result
