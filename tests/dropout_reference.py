@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from transformers import (
     AttentionInterface,
@@ -15,6 +16,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+
+from hico.llm_dropout import DropSchedule
 
 NUM_LAYERS = 4
 WIDTH = 32
@@ -164,3 +167,33 @@ def unpadded(module, query, key, value, attention_mask, scaling=None, sliding_wi
 
 AttentionInterface.register("unpadded", unpadded)
 AttentionMaskInterface.register("unpadded", flash_attention_mask)
+
+
+SCHEDULES = {
+    "two_stages": "uniform@1:0.6,attention@3:0.3",
+    "attention_twice": "attention@1:0.5,attention@2:0.25",
+    "random": "random@2:0.4",
+    "budget": "attention@1:9,uniform@3:5",
+    "none_between": "uniform@1:0.5,none@2:0.5,random@3:0.2",
+}
+ROWS = {
+    "even": ([4, 12, 3], [4, 12, 3]),
+    "one_length": ([4, 12, 5], [6, 5, 10]),  # no padding before the drop, some after it
+    "ragged": ([5, 14, 4], [3, 6, 2], [9]),  # the last row is text alone
+    "many_spans": ([2, 7, 1, 8, 3], [3, 3, 0, 9, 4, 5, 2], [2, 11, 4]),
+    "ends_visual": ([3, 12], [4, 6, 3]),
+}
+BOTH_SIDES = pytest.mark.parametrize("side", ["left", "right"])
+EVERY_SCHEDULE = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+EVERY_BATCH = pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+EVERY_POSITION = pytest.mark.parametrize("positions", ["renumber", "keep"])
+
+
+def stage_layers(schedule):
+    """Return the layers that a schedule drops before."""
+    return [stage.layer for stage in DropSchedule.parse(schedule).stages]
+
+
+def close(actual, expected):
+    """Assert that two ways to compute the same agree."""
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)  # float32 sums in another order
