@@ -28,6 +28,7 @@ def test_a_published_checkpoint_is_complete_and_described(tmp_path):
     folder = save(tmp_path, 5)
     assert checkpoint.is_complete(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest.pop("id") != json.loads((save(tmp_path, 6) / "manifest.json").read_text())["id"]
     assert manifest == {"seed": 1, "step": 5, "files": {"model.bin": 5, "sub/optimizer.bin": 5}}
 
 

@@ -6,10 +6,13 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from jinja2 import TemplateError
+from PIL import Image
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -22,11 +25,11 @@ from hico.processing_hico import HicoProcessor
 from hico.prompt import label_mask
 from hico.shards import CheckpointError
 from hico.train.config import Recipe
-from hico.train.dataset import label_marks
+from hico.train.dataset import frame_settings, label_marks
 from hico.train.fields import check_keys, check_types, nearest_hint
 from hico.train.lora import folder_below, lora_config
 from hico.train.mixture import MODALITIES, check_reader
-from hico.video_io import ReadSettings
+from hico.video_io import ReadSettings, read_video
 
 _ELSEWHERE = (
     *("deepspeed", "fsdp", "fsdp_config", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode"),
@@ -99,6 +102,30 @@ def check_video(settings: Mapping[str, Any]) -> None:
             f"video sets {taken[0]!r}; set frame_sampling, min_frames and max_frames of the recipe instead"
         )
     check_reader(settings.get("reader", "pyav"))
+
+
+def check_frames(recipe: Recipe, clip_len: int) -> None:
+    """Raise ``ValueError`` if the settings for frames contradict each other or are unknown."""
+    if recipe.frame_sampling in ("dual", "dynamic_fps1"):
+        for key in ("min_frames", "max_frames"):
+            frames = getattr(recipe, key)
+            if frames % clip_len:
+                raise ValueError(
+                    f"{key} {frames} does not split into clips of {clip_len} frames; "
+                    f"use {max(clip_len, frames - frames % clip_len)} or {frames + -frames % clip_len}"
+                )
+    for key in ("size", "clip_len", "generator", "start", "end"):
+        if key in recipe.video:
+            raise ValueError(f"video sets {key!r}, which the model, the seed or the rows decide; leave it out")
+    # Reading a folder of small pictures meets every rule of sampling and reading.
+    frames = np.zeros((8, 8, 8, 3), dtype=np.uint8)
+    with TemporaryDirectory() as folder:
+        for number, frame in enumerate(frames):
+            Image.fromarray(frame).save(Path(folder) / f"{number}.png")
+        try:
+            read_video(folder, clip_len=clip_len, **{**frame_settings(recipe), **recipe.video})
+        except TypeError as error:
+            raise ValueError(f"video: {error}") from error
 
 
 def check_arguments(recipe: Recipe) -> None:

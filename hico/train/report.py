@@ -11,7 +11,7 @@ from hico.train.checks import zero_stage
 from hico.train.config import Recipe
 from hico.train.lora import add_lora
 from hico.train.parts import count_parameters, freeze, part_of
-from hico.train.run import Prepared
+from hico.train.prepared import Prepared
 
 
 def dry_run(recipe: Recipe, prepared: Prepared, *, world_size: int) -> str:

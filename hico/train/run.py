@@ -3,89 +3,30 @@
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from transformers import TrainingArguments, set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
 
-from hico.configuration_hico import HicoConfig
-from hico.convert.sources import HICO, Source
-from hico.llm_dropout.schedule import DropSchedule
-from hico.processing_hico import HicoProcessor
 from hico.train import checkpoint, provenance
-from hico.train.batching import BatchRule, BatchSampler
-from hico.train.checks import check_processor, check_recipe, check_weights
-from hico.train.config import Recipe, nearest_hint
-from hico.train.dataset import TrainingRows, frame_settings
-from hico.train.lengths import estimate_lengths
+from hico.train.checks import check_recipe
+from hico.train.config import Recipe
+from hico.train.dataset import TrainingRows
 from hico.train.lora import add_lora, load_model
-from hico.train.mixture import Mixture, read_mixture
 from hico.train.parts import freeze
+from hico.train.prepared import Prepared, prepare
 from hico.train.safeguards import BadRows
 from hico.train.stage_trainer import StageTrainer
 from hico.train.throughput import FlopCounter, peak_tflops
 from hico.train.tracks import TrackTrainer
 from hico.train.trainer import HicoTrainer, unwrapped
-from hico.video_io import read_video
 
 logger = logging.getLogger(__name__)
 
 STOPPED = 143
 """Exit status after SIGTERM, as shells count it."""
-
-
-@dataclass
-class Prepared:
-    """What a stage needs beside weights, checked."""
-
-    recipe: Recipe
-    config: HicoConfig
-    processor: HicoProcessor
-    schedule: DropSchedule
-    mixture: Mixture
-    rows: np.ndarray
-    lengths: np.ndarray
-    eval_mixture: Mixture | None
-    eval_rows: np.ndarray | None
-    eval_lengths: np.ndarray | None
-
-    def sampler(self, *, rank: int = 0, world_size: int = 1) -> BatchSampler:
-        """Return the training batches of a device."""
-        return BatchSampler(
-            self._rule(self.recipe.rows_per_device),
-            self.rows,
-            lengths=self.lengths[self.rows],
-            modality=self.mixture.modality[self.rows],
-            seed=self.recipe.arguments.get("seed", 42),
-            rank=rank,
-            world_size=world_size,
-        )
-
-    def eval_sampler(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> BatchSampler:
-        """Return a device's share of the held-out rows, in their order."""
-        return BatchSampler(
-            self._rule(batch_size),
-            self.eval_rows,
-            lengths=self.eval_lengths[self.eval_rows],
-            modality=self.eval_mixture.modality[self.eval_rows],
-            seed=None,
-            rank=rank,
-            world_size=world_size,
-        )
-
-    def order(self, args: TrainingArguments) -> dict[str, Any]:
-        """Describe the order in which rows are trained on, see `hico.train.provenance.row_order`."""
-        return provenance.row_order(self.sampler(), args.gradient_accumulation_steps * args.world_size)
-
-    def _rule(self, batch_size: int) -> BatchRule:
-        recipe = self.recipe
-        return BatchRule(batch_size, recipe.max_tokens_per_batch, recipe.packing, recipe.group_by_length)
 
 
 def run_chain(recipes: Sequence[Recipe]) -> Path:
@@ -166,39 +107,6 @@ def make_trainer(recipe: Recipe, args: TrainingArguments, prepared: Prepared) ->
     )
 
 
-def prepare(recipe: Recipe, *, is_first: bool = True) -> Prepared:
-    """Read and check everything but the values of the weights.
-
-    Args:
-        recipe: of the stage.
-        is_first: whether this is the first of several processes; it alone looks for the files.
-
-    Raises:
-        ValueError, FileNotFoundError: for what is wrong with recipe, data or checkpoint.
-    """
-    config, processor = load_config(recipe)
-    check_processor(processor)
-    if not is_deepspeed_zero3_enabled():  # it would shard the model that is only asked for its sizes
-        check_weights(Path(recipe.model), config)
-    schedule = read_schedule(recipe, config)
-    check_frames(recipe, config.clip_len)
-    seed, check_files = recipe.arguments.get("seed", 42), recipe.check_files and is_first
-    mixture = read_mixture(recipe.data, seed=seed, sampling_strategy=recipe.sampling_strategy, check_files=check_files)
-    if mixture.num_videos.any():
-        # What is asked of the trained model later sees as many frames, chosen without chance.
-        frames = frame_settings(recipe)
-        processor.video = {**frames, "mode": frames["mode"].replace("rand", "middle"), **recipe.video}
-    lengths = estimate_lengths(mixture, processor, recipe)
-    rows, eval_mixture, eval_rows, eval_lengths = np.arange(len(mixture)), None, None, None
-    if recipe.eval_data is not None:
-        eval_mixture = read_mixture(recipe.eval_data, seed=seed, check_files=check_files)
-        eval_rows, eval_lengths = np.arange(len(eval_mixture)), estimate_lengths(eval_mixture, processor, recipe)
-    elif recipe.eval_fraction:
-        rows, eval_rows = mixture.split(recipe.eval_fraction)
-        eval_mixture, eval_lengths = mixture, lengths
-    return Prepared(recipe, config, processor, schedule, mixture, rows, lengths, eval_mixture, eval_rows, eval_lengths)
-
-
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """Turn a recipe into the arguments of transformers."""
     settings = {"logging_nan_inf_filter": False, **recipe.arguments}
@@ -218,106 +126,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     return args
 
 
-def load_config(recipe: Recipe) -> tuple[HicoConfig, HicoProcessor]:
-    """Read configuration and processor of the starting checkpoint, with the recipe's changes.
-
-    Raises:
-        FileNotFoundError: if there is no such checkpoint.
-        ValueError: if it cannot be read, or ``model_config`` does not describe a model.
-    """
-    folder = Path(recipe.model)
-    if not (folder / "config.json").is_file():
-        what = "holds no config.json" if folder.is_dir() else "does not exist"
-        raise FileNotFoundError(
-            f"stage {recipe.name!r} starts from {folder}, which {what}; "
-            "finish the stage before, or name another checkpoint with --model"
-        )
-    source = Source.at(folder)
-    if source.kind != HICO and not source.is_published:
-        raise ValueError(
-            f"stage {recipe.name!r} starts from {folder}, which holds {source.config.get('model_type')} and not a "
-            f"whole model; make one with `hico convert {folder} OUTPUT --encoder FILE`"
-        )
-    try:
-        config, processor = HicoConfig.from_pretrained(folder), HicoProcessor.from_pretrained(folder)
-    except (TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"configuration or processor in {folder} is damaged or missing: {error}") from error
-    changes = dict(recipe.model_config)
-    for name, known, given in (
-        ("model_config", config, changes),
-        ("model_config.text_config", config.text_config, changes.get("text_config") or {}),
-    ):
-        for key in given:
-            if not hasattr(known, key):
-                raise ValueError(f"{name} sets {key!r}{nearest_hint(key, known.to_dict())}")
-    if recipe.image_size is not None:
-        changes["encoder"] = {"image_size": recipe.image_size, **changes.get("encoder", {})}
-    try:
-        config = HicoConfig.from_dict(_merged(config.to_dict(), changes))
-    except TypeError as error:
-        raise ValueError(f"model_config {recipe.model_config} does not describe a model: {error}") from error
-    processor.vision, processor.time_message = config.vision, recipe.time_message
-    return config, processor
-
-
-def read_schedule(recipe: Recipe, config: HicoConfig) -> DropSchedule:
-    """Read the recipe's drop schedule, or else the checkpoint's; ``none`` switches the latter off.
-
-    A mapping of ``llm_compress_type``, ``llm_compress_layer_list`` and ``llm_image_token_ratio_list`` is the
-    published form.
-
-    Raises:
-        ValueError: if it cannot be read, names a layer that the LLM does not have, or rows are packed.
-    """
-    spec = config.drop_schedule if recipe.drop_schedule is None else recipe.drop_schedule
-    try:
-        schedule = DropSchedule.from_published(**spec) if isinstance(spec, Mapping) else DropSchedule.parse(spec)
-    except TypeError as error:
-        raise ValueError(f"drop_schedule {spec!r} is not of the published form: {error}") from error
-    schedule.check_depth(config.text_config.num_hidden_layers)
-    if schedule and recipe.packing:
-        raise ValueError(
-            f"packing cannot be combined with the checkpoint's drop schedule {schedule}: dropped tokens move the "
-            "rows' borders; set drop_schedule: none"
-        )
-    return schedule
-
-
-def check_frames(recipe: Recipe, clip_len: int) -> None:
-    """Raise ``ValueError`` if the settings for frames contradict each other or are unknown."""
-    if recipe.frame_sampling in ("dual", "dynamic_fps1"):
-        for key in ("min_frames", "max_frames"):
-            frames = getattr(recipe, key)
-            if frames % clip_len:
-                raise ValueError(
-                    f"{key} {frames} does not split into clips of {clip_len} frames; "
-                    f"use {max(clip_len, frames - frames % clip_len)} or {frames + -frames % clip_len}"
-                )
-    for key in ("size", "clip_len", "generator", "start", "end"):
-        if key in recipe.video:
-            raise ValueError(f"video sets {key!r}, which the model, the seed or the rows decide; leave it out")
-    # Reading a folder of small pictures meets every rule of sampling and reading.
-    frames = np.zeros((8, 8, 8, 3), dtype=np.uint8)
-    with TemporaryDirectory() as folder:
-        for number, frame in enumerate(frames):
-            Image.fromarray(frame).save(Path(folder) / f"{number}.png")
-        try:
-            read_video(folder, clip_len=clip_len, **{**frame_settings(recipe), **recipe.video})
-        except TypeError as error:
-            raise ValueError(f"video: {error}") from error
-
-
 def _announce(message: str, *values: Any) -> None:
     """Say something once, whatever the number of devices."""
     if os.environ.get("RANK", "0") == "0":
         logger.warning(message, *values)
-
-
-def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``base`` with ``changes``, mappings merged key by key."""
-    result = dict(base)
-    for key, value in changes.items():
-        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
-            value = _merged(result[key], value)
-        result[key] = value
-    return result
