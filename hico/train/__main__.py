@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dry_run(recipes, world_size: int) -> int:
     """Report every stage, or what is wrong with it."""
     from hico.train.checks import check_recipe
-    from hico.train.report import dry_run
     from hico.train.prepared import prepare
+    from hico.train.report import dry_run
 
     num_bad = 0
     for recipe in recipes:
