@@ -29,6 +29,7 @@ EXTRAS = {
     "flash": ["flash-attn>=2.6"],
     "timm": ["timm>=1.0"],
     "peft": ["peft>=0.15"],
+    "tensorboard": ["tensorboard>=2.14"],
     "liger": ["liger-kernel>=0.5"],
     "dev": ["peft>=0.15", "pytest>=8.0", "hypothesis>=6.100", "ruff>=0.9", "import-linter>=2.1"],
 }
