@@ -36,7 +36,7 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
 """Names of dtypes in the headers of safetensors files."""
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _MAX_HEADER = 100_000_000
-_COPY_BYTES = 2**20  # what caches hold; sixteen times more takes five times as long
+_PIECE_BYTES = 2**20  # what caches hold; sixteen times more takes five times as long
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -79,12 +79,21 @@ class Shard(ABC):
     tensors: dict[str, TensorInfo]
 
     @abstractmethod
+    def pieces(self, name: str) -> Iterator[bytes | memoryview]:
+        """Read a tensor's bytes, row-major and little-endian, a megabyte at a time."""
+
+    def copy(self, name: str, target: BinaryIO) -> None:
+        """Write a tensor's bytes."""
+        for piece in self.pieces(name):
+            target.write(piece)
+
     def load(self, name: str) -> Tensor:
         """Read a tensor."""
-
-    @abstractmethod
-    def copy(self, name: str, target: BinaryIO) -> None:
-        """Write a tensor's bytes, row-major and little-endian."""
+        info, data = self.tensors[name], bytearray().join(self.pieces(name))
+        dtype = SAFETENSORS_DTYPES[info.dtype]
+        return (
+            torch.frombuffer(data, dtype=dtype).reshape(info.shape) if data else torch.empty(info.shape, dtype=dtype)
+        )
 
 
 class SafetensorsShard(Shard):
@@ -101,14 +110,22 @@ class SafetensorsShard(Shard):
                 header = dict(json.loads(file.read(length), object_pairs_hook=_refuse_duplicates))
             except (ValueError, TypeError, RecursionError) as error:
                 raise CheckpointError(f"{path}: its header cannot be read ({error}); download it again") from error
-        header.pop("__metadata__", None)
+        self._check_metadata(header.pop("__metadata__", {}))
         self._data = 8 + length
         self._offsets = {name: self._check(name, entry) for name, entry in header.items()}
         self.tensors = {name: TensorInfo(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
-        expected = self._data + max((end for _, end in self._offsets.values()), default=0)
+        expected = self._data
+        for name, (begin, end) in sorted(self._offsets.items(), key=lambda item: item[1]):
+            if self._data + begin != expected:
+                raise CheckpointError(f"{path}: {name!r} overlaps another tensor, or lies apart; download it again")
+            expected = self._data + end
         if size != expected:
             state = "truncated" if size < expected else "damaged"
             raise CheckpointError(f"{path}: {state}, it has {size} bytes and not {expected}; download it again")
+
+    def _check_metadata(self, metadata: Any) -> None:
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise CheckpointError(f"{self.path}: its __metadata__ does not map names to texts; save it again")
 
     def _check(self, name: str, entry: Any) -> tuple[int, int]:
         """Return the place of a tensor's bytes among the data."""
@@ -123,23 +140,12 @@ class SafetensorsShard(Shard):
             raise CheckpointError(f"{self.path}: {name!r} has {end - begin} bytes, which do not make {info}")
         return begin, end
 
-    def load(self, name: str) -> Tensor:
-        info, (begin, end) = self.tensors[name], self._offsets[name]
-        data = bytearray(end - begin)
-        with self.path.open("rb") as file:
-            file.seek(self._data + begin)
-            file.readinto(data)
-        dtype = SAFETENSORS_DTYPES[info.dtype]
-        return (
-            torch.frombuffer(data, dtype=dtype).reshape(info.shape) if data else torch.empty(info.shape, dtype=dtype)
-        )
-
-    def copy(self, name: str, target: BinaryIO) -> None:
+    def pieces(self, name: str) -> Iterator[bytes]:
         begin, end = self._offsets[name]
         with self.path.open("rb") as file:
             file.seek(self._data + begin)
-            for start in range(begin, end, _COPY_BYTES):
-                target.write(file.read(min(_COPY_BYTES, end - start)))
+            for start in range(begin, end, _PIECE_BYTES):
+                yield file.read(min(_PIECE_BYTES, end - start))
 
 
 class TensorShard(Shard):
@@ -157,13 +163,10 @@ class TensorShard(Shard):
             name: TensorInfo(_DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in self._content.items()
         }
 
-    def load(self, name: str) -> Tensor:
-        return self._content[name]
-
-    def copy(self, name: str, target: BinaryIO) -> None:
+    def pieces(self, name: str) -> Iterator[memoryview]:
         values = self._content[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        for start in range(0, len(values), _COPY_BYTES):
-            target.write(values[start : start + _COPY_BYTES].data)
+        for start in range(0, len(values), _PIECE_BYTES):
+            yield values[start : start + _PIECE_BYTES].data
 
 
 class PickleShard(TensorShard):
@@ -286,14 +289,18 @@ def _read_index(path: Path) -> list[Path]:
     try:
         weight_map = json.loads(path.read_text(), object_pairs_hook=_refuse_duplicates)["weight_map"]
         names = list(dict.fromkeys(weight_map.values()))
+        if not names:
+            raise ValueError("it lists no shard")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: this index cannot be read ({error}); download it again") from error
     files: dict[Any, str] = {}
     for name in names:
         relative = PurePosixPath(str(name))
-        if relative.is_absolute() or ".." in relative.parts or "\\" in str(name) or ":" in str(name):
-            raise CheckpointError(f"{path}: names the shard {name!r}, which is not in this folder; do not trust it")
         shard = path.parent / relative
+        is_suspect = ".." in relative.parts or "\\" in str(name) or ":" in str(name)
+        # A file may be a link, as in the cache of the hub.
+        if is_suspect or not shard.parent.resolve().is_relative_to(path.parent.resolve()):
+            raise CheckpointError(f"{path}: names the shard {name!r}, which is not in this folder; do not trust it")
         if not shard.is_file():
             raise CheckpointError(f"{shard}: {path.name} lists this shard, but it is missing; download it again")
         status = os.stat(shard)

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 import torch
@@ -234,6 +235,18 @@ def test_a_tied_head_with_weights_of_its_own_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"'lm_head.weight' differs from 'model.embed_tokens.weight'"):
         convert(write_checkpoint(tmp_path / "flash", config, weights), tmp_path / "hico")
     assert not (tmp_path / "hico").exists()
+
+
+def test_tied_weights_are_compared_without_holding_them(tmp_path):
+    sizes = {"vocab_size": 100_000, "tie_word_embeddings": True}
+    config, weights = videochat_flash(tiny_llm(**sizes), **sizes)
+    folder = write_checkpoint(tmp_path / "flash", config, weights, num_shards=2)
+    tracemalloc.start()
+    report = convert(folder, tmp_path / "hico")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [drop.name for drop in report.plan.drops] == ["lm_head.weight"]
+    assert peak < weights["lm_head.weight"].nbytes
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,13 @@ def test_garbage_is_one_clear_error(tmp_path_factory, content):
         {"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}},
         {"a": []},
         [],
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},
+        {
+            "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+            "b": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+        },
+        {"__metadata__": [], "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}},
+        {"__metadata__": {"format": 1}, "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}},
     ],
 )
 def test_a_header_that_does_not_add_up_is_refused(tmp_path, header):
@@ -204,6 +211,21 @@ def test_an_index_that_leaves_its_folder_is_refused(tmp_path, name):
         check_shards(folder)
 
 
+def test_a_folder_that_is_a_link_to_elsewhere_is_refused_and_a_file_is_not(tmp_path):
+    """The cache of the hub links files, and never folders."""
+    (tmp_path / "blobs").mkdir()
+    write(tmp_path / "blobs" / "m1.safetensors")
+    folder = tmp_path / "inside"
+    folder.mkdir()
+    (folder / "sub").symlink_to(tmp_path / "blobs")
+    write_sharded(folder, {}, {"a": "sub/m1.safetensors"})
+    with pytest.raises(CheckpointError, match="which is not in this folder; do not trust it"):
+        check_shards(folder)
+    (folder / "m1.safetensors").symlink_to(tmp_path / "blobs" / "m1.safetensors")
+    write_sharded(folder, {}, {"a": "m1.safetensors"})
+    check_shards(folder)
+
+
 def test_a_missing_shard_is_named(tmp_path):
     write_sharded(tmp_path, {"m1.safetensors": {"a": TENSORS["a"]}}, {"a": "m1.safetensors", "b": "m2.safetensors"})
     with pytest.raises(CheckpointError, match=r"m2\.safetensors: .* lists this shard, but it is missing"):
@@ -255,7 +277,9 @@ def test_tensors_that_get_the_same_name_are_named(tmp_path):
         check_shards(tmp_path, rename=str.lower)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": []}}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": []}}', '{"weight_map": {}}']
+)
 def test_an_index_that_is_none_is_named(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"index\.json: this index cannot be read"):
