@@ -1,6 +1,8 @@
 """Stages go on where they were left, and after one another."""
 
+import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -14,6 +16,7 @@ from hico.train import run
 from hico.train.__main__ import main
 from hico.train.checkpoint import checkpoints, is_complete, read_manifest
 from hico.train.dataset import TrainingRows
+from hico.train.prepared import prepare
 
 
 class Killed(Exception):
@@ -255,6 +258,33 @@ def test_a_finished_stage_that_was_made_otherwise_is_an_error(folder, capsys):
     shutil.rmtree(folder / "chain/first/final")
     assert main(["--config", str(path)]) == 1
     assert "first/final was trained again since" in capsys.readouterr().err
+
+
+def test_what_later_stages_lack_stops_a_chain_before_its_first_step(folder, capsys):
+    path = folder / "chain.yaml"
+    rows = json.loads((folder / "rows.json").read_text())
+    (folder / "more.json").write_text(json.dumps([{**rows[0], "video": "gone.mp4"}]))
+    later = "data: [{json_path: " + str(folder / "more.json") + ", data_root: " + str(folder) + "}], image_size: 48"
+    path.write_text(CHAIN.format(folder=folder).replace("data: mix.yaml, image_size: 48", later))
+    assert main(["--config", str(path)]) == 1
+    assert re.search(r"1 file\(s\) of the mixture are missing: .*gone\.mp4", capsys.readouterr().err)
+    assert not (folder / "chain/first").exists()
+
+
+def test_a_stage_is_planned_with_what_the_stages_before_change(folder):
+    one = make(folder, image_size=48, model_config={"compressor": "pooling"})
+    two = make(folder, model_config={"compressor": {"stride": 3}})
+    merging = {"name": "token_merge", "tokens_per_frame": 1, "tokens_per_image": 4}
+    three = make(folder, image_size=24, model_config={"compressor": merging})
+    configs = [None]
+    for recipe in (one, two, three):
+        configs.append(prepare(recipe, start=configs[-1]).config)
+    assert [config.vision.image_size for config in configs[1:]] == [48, 48, 24]
+    assert [config.compressor for config in configs[1:]] == [
+        {"name": "pooling"},
+        {"name": "pooling", "stride": 3},
+        merging,
+    ]
 
 
 def test_a_dry_run_says_what_would_be_done(folder, capsys):

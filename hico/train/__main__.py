@@ -47,13 +47,15 @@ def _dry_run(recipes, world_size: int) -> int:
     from hico.train.prepared import prepare
     from hico.train.report import dry_run
 
-    num_bad = 0
+    num_bad, config = 0, None
     for recipe in recipes:
-        # Stages before have not run: plan with the checkpoint that the chain starts from.
+        # Stages before have not run: plan with the checkpoint that the chain starts from, and what becomes of it.
         recipe.model = recipes[0].model
         try:
             check_recipe(recipe)
-            print(dry_run(recipe, prepare(recipe), world_size=world_size) + "\n")
+            prepared = prepare(recipe, start=config)
+            config = prepared.config
+            print(dry_run(recipe, prepared, world_size=world_size) + "\n")
         except BAD_INPUT as error:
             _complain(error, f"stage {recipe.name}: " if len(recipes) > 1 else "")
             num_bad += 1

@@ -70,17 +70,18 @@ class Prepared:
         return BatchRule(batch_size, recipe.max_tokens_per_batch, recipe.packing, recipe.group_by_length)
 
 
-def prepare(recipe: Recipe, *, is_first: bool = True) -> Prepared:
+def prepare(recipe: Recipe, *, start: HicoConfig | None = None, is_first: bool = True) -> Prepared:
     """Read and check everything but the values of the weights.
 
     Args:
         recipe: of the stage.
+        start: configuration that stages before this one will have made of ``recipe.model``, if they have not run yet.
         is_first: whether this is the first of several processes; it alone looks for the files.
 
     Raises:
         ValueError, FileNotFoundError: for what is wrong with recipe, data or checkpoint.
     """
-    config, processor = load_config(recipe)
+    config, processor = load_config(recipe, start)
     check_processor(processor)
     if not is_deepspeed_zero3_enabled():  # it would shard the model that is only asked for its sizes
         check_weights(Path(recipe.model), config)
@@ -103,8 +104,8 @@ def prepare(recipe: Recipe, *, is_first: bool = True) -> Prepared:
     return Prepared(recipe, config, processor, schedule, mixture, rows, lengths, eval_mixture, eval_rows, eval_lengths)
 
 
-def load_config(recipe: Recipe) -> tuple[HicoConfig, HicoProcessor]:
-    """Read configuration and processor of the starting checkpoint, with the recipe's changes.
+def load_config(recipe: Recipe, start: HicoConfig | None = None) -> tuple[HicoConfig, HicoProcessor]:
+    """Read configuration and processor of the starting checkpoint, with the recipe's changes; see `prepare`.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
@@ -127,7 +128,10 @@ def load_config(recipe: Recipe) -> tuple[HicoConfig, HicoProcessor]:
         config, processor = HicoConfig.from_pretrained(folder), HicoProcessor.from_pretrained(folder)
     except (TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"configuration or processor in {folder} is damaged or missing: {error}") from error
-    changes = dict(recipe.model_config)
+    config = start or config
+    # Of the two sizes that a recipe can give, the one in model_config has the last word.
+    size = {} if recipe.image_size is None else {"encoder": {"image_size": recipe.image_size}}
+    changes = _merged(size, recipe.model_config)
     for name, known, given in (
         ("model_config", config, changes),
         ("model_config.text_config", config.text_config, changes.get("text_config") or {}),
@@ -135,8 +139,6 @@ def load_config(recipe: Recipe) -> tuple[HicoConfig, HicoProcessor]:
         for key in given:
             if not hasattr(known, key):
                 raise ValueError(f"{name} sets {key!r}{nearest_hint(key, known.to_dict())}")
-    if recipe.image_size is not None:
-        changes["encoder"] = {"image_size": recipe.image_size, **changes.get("encoder", {})}
     try:
         config = HicoConfig.from_dict(_merged(config.to_dict(), changes))
     except TypeError as error:
@@ -169,10 +171,17 @@ def read_schedule(recipe: Recipe, config: HicoConfig) -> DropSchedule:
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``base`` with ``changes``, mappings merged key by key."""
+    """Return ``base`` with ``changes``, mappings merged key by key.
+
+    An encoder or compressor of another ``name`` is not merged but takes the place of the one before; its name alone
+    may stand for it.
+    """
     result = dict(base)
     for key, value in changes.items():
-        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
-            value = _merged(result[key], value)
+        below = {"name": result[key]} if isinstance(result.get(key), str) else result.get(key)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            name = below.get("name")
+            if name is None or value.get("name", name) == name:
+                value = _merged(below, value)
         result[key] = value
     return result

@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from hico.train.config import Recipe
 from hico.train.dataset import TrainingRows
 from hico.train.lora import add_lora, load_model
 from hico.train.parts import freeze
-from hico.train.prepared import Prepared, prepare
+from hico.train.prepared import Prepared, load_config, prepare
 from hico.train.safeguards import BadRows
 from hico.train.stage_trainer import StageTrainer
 from hico.train.throughput import FlopCounter, peak_tflops
@@ -30,13 +30,19 @@ STOPPED = 143
 
 
 def run_chain(recipes: Sequence[Recipe]) -> Path:
-    """Run stages one after the other; finished ones are skipped. All recipes are checked before the first runs.
+    """Run stages one after the other; finished ones are skipped.
+
+    All recipes are checked at every start; data and configuration of later stages before the chain's first step.
 
     Returns:
         The folder of the last stage's model.
     """
     for recipe in recipes:
         check_recipe(recipe)
+    if not any(Path(recipe.output_dir).is_dir() for recipe in recipes):
+        config, _ = load_config(recipes[0])
+        for recipe in recipes[1:]:
+            config = prepare(replace(recipe, model=recipes[0].model), start=config, is_first=_is_first()).config
     for recipe in recipes:
         result = run_stage(recipe)
     return result
@@ -126,7 +132,12 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     return args
 
 
+def _is_first() -> bool:
+    """Say whether this is the first of several processes, which need not know of each other yet."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _announce(message: str, *values: Any) -> None:
     """Say something once, whatever the number of devices."""
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first():
         logger.warning(message, *values)
