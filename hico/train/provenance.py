@@ -4,11 +4,12 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import TrainingArguments
 
 from hico.train import checkpoint
 from hico.train.batching import BatchSampler
@@ -19,10 +20,17 @@ _DATA = ("started_from", "seed", "datasets", "order")
 """What a run must have in common with the checkpoint that it goes on from."""
 _HOW = re.compile(
     r"(output_dir|name|model|check_files|decode_timeout|peak_tflops|on_bad_sample|max_bad_fraction|attn_implementation"
-    r"|eval_(?!data|fraction).*|per_device_eval.*|(activation|gradient)_checkpointing.*|use_cpu|deepspeed"
-    r"|fsdp|(dataloader|ddp|disable|fsdp|hub|log|logging|push|report|run|save|torch)_.*)"
+    r"|eval_(?!data|fraction).*|per_device_eval.*|(activation|gradient)_checkpointing.*|use_cpu|deepspeed|tf32|project"
+    r"|fsdp|(dataloader|ddp|disable|fsdp|hub|include|log|logging|push|report|run|save|skip|torch|trackio)_.*)"
 )
 """Settings that say how a stage is run or watched, not what comes of it."""
+_DEFAULTS = {
+    known.name: known.default_factory() if known.default is MISSING else known.default
+    for kind in (TrainingArguments, Recipe)
+    for known in fields(kind)
+    if known.default is not MISSING or known.default_factory is not MISSING
+}
+"""What a setting is that no recipe names."""
 
 
 def manifest(recipe: Recipe, mixture: Mixture, *, order: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,7 +79,7 @@ def check_resumable(last: Path, asked: Mapping[str, Any]) -> str:
     """
     before, asked = checkpoint.read_manifest(last) or {}, _as_read(asked)
     for key in _DATA:
-        if before.get(key) != asked[key]:
+        if _wherever(before.get(key)) != _wherever(asked[key]):
             hint = " (batch sizes, devices, lengths or held-out rows differ)" if key == "order" else ""
             raise ValueError(
                 f"{last} was trained on other data: {key} was {str(before.get(key))[:300]} and is "
@@ -96,9 +104,8 @@ def check_finished(final: Path, recipe: Recipe) -> None:
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """Return what differs from the defaults among the settings that decide what comes of a stage."""
-    defaults = {known.name: known.default for known in fields(recipe)}
-    own = {key: value for key, value in vars(recipe).items() if value != defaults[key]}
-    settings = {**own.pop("arguments", {}), **own}
+    settings = {**vars(recipe), **recipe.arguments, "trainable": sorted(recipe.trainable)}
+    del settings["arguments"]
     if recipe.global_batch_size is not None:
         # Then these follow from the number of devices.
         settings.pop("per_device_train_batch_size", None)
@@ -106,11 +113,24 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     for key in ("data", "eval_data"):
         if isinstance(settings.get(key), str):
             settings[key] = hashlib.sha256(Path(settings[key]).read_bytes()).hexdigest()
-    return {key: value for key, value in settings.items() if not _HOW.fullmatch(key)}
+    return {
+        key: value
+        for key, value in settings.items()
+        if not _HOW.fullmatch(key) and value != _DEFAULTS.get(key, MISSING)
+    }
 
 
 def _identity(recipe: Recipe) -> str | None:
     return (checkpoint.read_manifest(Path(recipe.model)) or {}).get("id")
+
+
+def _wherever(value: Any) -> Any:
+    """Return a part of a manifest without the paths of files: their digests tell them, wherever they lie."""
+    if isinstance(value, list):
+        return [_wherever(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _wherever(item) for key, item in value.items() if key != "path"}
+    return value
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
