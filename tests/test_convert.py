@@ -213,6 +213,21 @@ def test_without_a_tokenizer_no_processor_is_written_and_the_report_says_so(flas
         HicoProcessor.from_pretrained(flash)
 
 
+def test_settings_of_the_processor_that_the_published_layout_lacks_are_reported(flash, tmp_path):
+    config = json.loads((flash / "config.json").read_text())
+    (flash / "config.json").write_text(json.dumps({**config, "image_aspect_ratio": "anyres_nopad"}))
+    convert(flash, tmp_path / "hico")
+    assert not convert(tmp_path / "hico", tmp_path / "same", to="published").notes
+    processor = HicoProcessor.from_pretrained(tmp_path / "hico")
+    processor.time_message, processor.video = None, {"mode": "linspace", "num_frames": 16}
+    processor.save_pretrained(tmp_path / "hico")
+    notes = convert(tmp_path / "hico", tmp_path / "other", to="published").notes
+    assert [note.partition(";")[0] for note in notes] == [
+        "the published layout has no place for the processor's time_message None",
+        "the published layout has no place for the processor's video {'mode': 'linspace', 'num_frames': 16}",
+    ]
+
+
 @pytest.mark.parametrize("stored", [True, False])
 def test_tied_embeddings_are_stored_once(tmp_path, stored):
     llm = tiny_llm(tie_word_embeddings=True)

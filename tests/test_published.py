@@ -67,6 +67,18 @@ def test_presets_survive_the_published_layout(name):
     assert meaning(HicoConfig(**found.config)) == meaning(preset)
 
 
+@pytest.mark.parametrize(
+    ("name", "tile", "num_grids", "tiling"),
+    [("videochat-flash-7b-448", 448, 36, "anyres_nopad"), ("longva-7b", 336, len(unires_grids()), "unires")],
+)
+def test_the_grids_of_images_are_written_in_pixels(name, tile, num_grids, tiling):
+    _, published = export_config(HicoConfig.preset(name))
+    sizes = published["image_grid_pinpoints"]
+    assert len(sizes) == num_grids
+    assert sizes[0] == [tile, tile * (1 if tiling == "anyres_nopad" else 2)]
+    assert translate(published).processor["image_tiling"] == tiling
+
+
 @pytest.mark.golden
 @pytest.mark.parametrize("case", [case for case in golden_cases("E") if case.facts], ids=lambda case: case.name)
 def test_golden_configurations_are_understood_key_by_key(case):

@@ -117,13 +117,27 @@ def _to_published(source: Source, target: Path) -> Report:
     plan = make_plan(source.shards(rename), Expected.of(config).renamed(rename))
     _check_tied(plan, open_shard)
     tokenizer = load_llm_tokenizer(str(source.path))
+    notes = _lost_settings(source, translate(settings).processor) if tokenizer else [_NO_TOKENIZER]
     with whole_folder(target) as folder:
         write_weights(folder, plan.moves, open_shard)
         _copy_generation_config(source.path, folder)
         if tokenizer:
             tokenizer.save_pretrained(folder)
         (folder / "config.json").write_text(json.dumps(settings, indent=2))
-    return Report(f"{source.path} ({HICO})", target, plan, notes=[] if tokenizer else [_NO_TOKENIZER])
+    return Report(f"{source.path} ({HICO})", target, plan, notes=notes)
+
+
+def _lost_settings(source: Source, published: dict[str, Any]) -> list[str]:
+    """Name the settings of the processor that are others once its model is ``published``."""
+    if not (source.path / "processor_config.json").is_file():
+        return []
+    processor = HicoProcessor.from_pretrained(source.path)
+    return [
+        f"the published layout has no place for the processor's {name} {getattr(processor, name)!r}; "
+        f"read from there, it is {value!r}"
+        for name, value in published.items()
+        if getattr(processor, name) != value
+    ]
 
 
 def _assemble(

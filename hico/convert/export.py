@@ -1,10 +1,11 @@
 """Our configuration in the words of a published system."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from hico.configuration_hico import HicoConfig
-from hico.grids import unires_grids
+from hico.grids import anyres_grids, unires_grids
 from hico.llm_dropout import DropSchedule
 from hico.published import LONGVA, SIZE_NAMES, SIZES_KEY, TEXT_KEYS, TOWERS, VIDEOCHAT_FLASH
 from hico.registry import COMPRESSORS, ENCODERS
@@ -129,6 +130,7 @@ def _videochat_flash(config: HicoConfig) -> tuple[str, dict[str, Any]]:
         "mm_use_im_patch_token": False,
         "vision_encode_type": "video_image",
         "image_aspect_ratio": "anyres_nopad",
+        "image_grid_pinpoints": _pinpoints(config, anyres_grids()),
         "frame_aspect_ratio": "square",
         "use_mm_proj": True,
     }
@@ -143,7 +145,6 @@ def _longva(config: HicoConfig) -> tuple[str, dict[str, Any]]:
     layouts = {"tiles": "unires", "flat": "flat"}
     if config.image_layout not in layouts:
         raise ValueError(f"image_layout is {config.image_layout!r}; with pooling, LongVA has {', '.join(layouts)}")
-    side = _settings(ENCODERS, config.encoder)["image_size"]
     return LONGVA, {
         "model_type": "llava_qwen",
         "architectures": ["LlavaQwenForCausalLM"],
@@ -155,8 +156,14 @@ def _longva(config: HicoConfig) -> tuple[str, dict[str, Any]]:
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "image_aspect_ratio": "anyres",
-        "image_grid_pinpoints": [[columns * side, rows * side] for columns, rows in unires_grids()],
+        "image_grid_pinpoints": _pinpoints(config, unires_grids()),
     }
+
+
+def _pinpoints(config: HicoConfig, grids: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Write grids ``(columns, rows)`` of tiles as sizes in pixels."""
+    side = _settings(ENCODERS, config.encoder)["image_size"]
+    return [[columns * side, rows * side] for columns, rows in grids]
 
 
 _WRITERS = {"token_merge": _videochat_flash, "pooling": _longva}
