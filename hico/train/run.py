@@ -51,7 +51,7 @@ def run_chain(recipes: Sequence[Recipe]) -> Path:
 def run_stage(recipe: Recipe) -> Path:
     """Train a stage, from where it was left if it was begun.
 
-    Ends the process with status 143 if SIGTERM stopped it; its checkpoint is written then.
+    Ends the process with status 143 after SIGTERM; its checkpoint, or after the last step its result, is written then.
 
     Returns:
         The folder of the trained model.
@@ -72,10 +72,13 @@ def run_stage(recipe: Recipe) -> Path:
     if last:
         changed = provenance.check_resumable(last, trainer.manifest)
         _announce("stage %s goes on from %s%s", recipe.name, last, f", though {changed}" if changed else "")
-    trainer.train_from(last)
-    if trainer.stop_on_signal.received:
+    with trainer.stop_on_signal.listening():
+        trainer.train_from(last)
+        if trainer.is_done:
+            trainer.save_final()
+    if trainer.stop_on_signal.agree(args):
         sys.exit(STOPPED)
-    return trainer.save_final()
+    return final
 
 
 def make_trainer(recipe: Recipe, args: TrainingArguments, prepared: Prepared) -> StageTrainer:

@@ -9,7 +9,8 @@ from multiprocessing import active_children
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from hico.train.dataset import BadRow
 from hico.train.decoding import SampleError
@@ -88,20 +89,41 @@ class StopOnSignal(TrainerCallback):
             signal.signal(signal.SIGTERM, previous)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if _on_any_device(self.received, args):
-            self.received = True
+        if self.agree(args):
             logger.warning("SIGTERM received: saving a checkpoint at step %d, then stopping", state.global_step)
             control.should_save = control.should_training_stop = True
+
+    def agree(self, args: TrainingArguments) -> bool:
+        """Say whether any device received the signal; all of them ask together, and know it from then on."""
+        self.received = _on_any_device(self.received, args)
+        return self.received
 
     def _note(self, number, frame):
         self.received = True
 
 
 class AlignLogs(TrainerCallback):
-    """Report whenever a checkpoint is saved, so that a resumed run averages losses over the same steps."""
+    """Report whenever a checkpoint may be saved, so that a resumed run averages losses over the same steps."""
 
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_log |= control.should_save
+        # With `best`, whether to save is known after the evaluation only, and logs come before it.
+        may_be_best = control.should_evaluate and args.save_strategy == SaveStrategy.BEST
+        control.should_log |= control.should_save or may_be_best
+
+    on_epoch_end = on_step_end
+
+
+class FollowBest(TrainerCallback):
+    """Find the best checkpoint of a run that was moved; the parent class would go on without."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        locate_best(args, state)
+
+
+def locate_best(args: TrainingArguments, state: TrainerState) -> None:
+    """Say where the best checkpoint is: in the output folder, whatever folder it was written or first lay in."""
+    if state.best_global_step:
+        state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
 
 
 def _on_any_device(flag: bool, args: TrainingArguments) -> bool:

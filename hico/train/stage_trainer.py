@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hico.train import checkpoint
-from hico.train.safeguards import AlignLogs, BadRows, StopOnSignal, workers_end_with_training
+from hico.train.safeguards import AlignLogs, BadRows, FollowBest, StopOnSignal, locate_best, workers_end_with_training
 
 
 class StageTrainer(Trainer):
@@ -29,12 +29,19 @@ class StageTrainer(Trainer):
     ):
         self.manifest, self.bad_rows = dict(manifest), bad_rows
         self.stop_on_signal = StopOnSignal()
-        super().__init__(model, args, callbacks=[self.stop_on_signal, AlignLogs()], **options)
+        # The parent class removes checkpoints of its own accord when training ends: also the one after a signal.
+        self.save_total_limit, args.save_total_limit = args.save_total_limit, None
+        super().__init__(model, args, callbacks=[self.stop_on_signal, AlignLogs(), FollowBest()], **options)
 
     def train(self, *args, **kwargs):
         """Train; see `transformers.Trainer.train`."""
         with self.stop_on_signal.listening(), workers_end_with_training():
             return super().train(*args, **kwargs)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the last step was made."""
+        return self.state.global_step >= self.state.max_steps
 
     def train_from(self, last: Path | None) -> None:
         """Train from the beginning, or go on from a checkpoint."""
@@ -43,7 +50,7 @@ class StageTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Take the batches of one step from the loader; none if a run of ``max_steps`` is resumed after its last."""
-        if self.state.global_step >= self.state.max_steps:
+        if self.is_done:
             self.control.should_training_stop = True
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -78,11 +85,13 @@ class StageTrainer(Trainer):
     def _get_output_dir(self, trial) -> str:
         return str(getattr(self, "_staging", None) or super()._get_output_dir(trial))
 
+    def _load_best_model(self) -> None:
+        if self.is_done:  # and not stopped by a signal, after which the time is short
+            super()._load_best_model()
+
     def _save_checkpoint(self, model, trial) -> None:
-        step, best = self.state.global_step, self.state.best_global_step
-        output_dir = Path(self.args.output_dir)
-        if best:
-            self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{best}")
+        step, output_dir = self.state.global_step, Path(self.args.output_dir)
+        locate_best(self.args, self.state)
         with self.staged(f"checkpoint-{step}") as staged:
             self._staging = staged.parent
             try:
@@ -90,9 +99,8 @@ class StageTrainer(Trainer):
             finally:
                 self._staging = None
             self.bad_rows.save(staged)
-            if best and self.args.should_save:
-                # The parent class looked for the best checkpoint in the staging folder.
-                self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{best}")
+            locate_best(self.args, self.state)
+            if self.args.should_save:
                 self.state.save_to_json(str(staged / "trainer_state.json"))
         if self.args.should_save:
-            checkpoint.rotate(output_dir, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
+            checkpoint.rotate(output_dir, self.save_total_limit, keep=self.state.best_model_checkpoint)
