@@ -9,7 +9,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from hico.llm_dropout import DropSchedule
@@ -154,12 +153,16 @@ class HicoConfig(PreTrainedConfig):
 
     @staticmethod
     def _text_config(model_type: str = "qwen2", **settings: Any) -> PreTrainedConfig:
-        if model_type not in CONFIG_MAPPING:
+        if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
             raise ValueError(f"text_config has the model_type {model_type!r}, which this transformers does not know")
         try:
-            return CONFIG_MAPPING[model_type](**settings)
-        except StrictDataclassError as error:
-            raise ValueError(f"text_config does not describe a {model_type!r}: {error}") from error
+            config = CONFIG_MAPPING[model_type](**settings)
+        except Exception as error:  # settings that contradict each other make transformers fail in any way
+            reason = " ".join(str(error).split())
+            raise ValueError(f"text_config does not describe a {model_type!r}: {reason}") from error
+        if not hasattr(config, "num_hidden_layers"):
+            raise ValueError(f"text_config describes a {model_type!r}, which has no layers of its own and is no LLM")
+        return config
 
     @staticmethod
     def _named(spec: str | Mapping[str, Any], registry) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from published import tiny_clip, tiny_llm, write_tokenizer
 from safetensors.torch import load_file
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 from hico import HicoConfig, HicoForConditionalGeneration, HicoProcessor
 from hico.cli import main
@@ -138,6 +138,55 @@ def test_parts_that_do_not_fit_are_refused(llm, umt_file, tmp_path, capsys):
         convert(llm, tmp_path / "hico", encoder=llm / "config.json", preset="tiny")
     assert main(["convert", str(llm), str(tmp_path / "hico"), "--encoder", str(file), "--preset", "tiny"]) == 0
     assert "decoder.blocks.0.attn.qkv.weight" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": None},
+        {"model_type": ["qwen2"]},
+        {"model_type": "mamba"},
+        {"model_type": "qwen2_vl"},
+        {"dtype": "float99"},
+        {"hidden_size": "many"},
+        {"num_hidden_layers": -1},
+        {"num_attention_heads": 0},
+        {"rope_parameters": {"rope_type": "spiral"}},
+    ],
+    ids=str,
+)
+def test_an_llm_that_cannot_be_is_one_line(llm, umt_file, tmp_path, capsys, change):
+    config = json.loads((llm / "config.json").read_text())
+    (llm / "config.json").write_text(json.dumps({**config, **change}))
+    assert main(["convert", str(llm), str(tmp_path / "hico"), "--encoder", str(umt_file[0]), "--preset", "tiny"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert main(["inspect", str(llm)]) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"vision_config": 3}, {"patch_size": 0}, {"hidden_act": "no"}, {"hidden_size": [1]}, {"num_attention_heads": 5}],
+    ids=str,
+)
+def test_a_tower_that_cannot_be_is_one_line(llm, tmp_path, capsys, change):
+    tiny_clip().save_pretrained(tmp_path / "tower")
+    config = json.loads((tmp_path / "tower" / "config.json").read_text())
+    (tmp_path / "tower" / "config.json").write_text(json.dumps({**config, **change}))
+    capsys.readouterr()
+    assert main(["convert", str(llm), str(tmp_path / "hico"), "--encoder", str(tmp_path / "tower")]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert main(["inspect", str(tmp_path / "tower")]) == 0
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "gemma3_text", "qwen3"])
+def test_llms_of_other_families_are_inspected(tmp_path, model_type):
+    settings = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = AutoConfig.for_model(model_type, **settings)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "llm")
+    found = inspect_checkpoint(tmp_path / "llm")
+    assert found.fault is None
+    assert found.facts["LLM"].startswith(f"{model_type}, 2 layers, 32 wide, 2 heads")
+    assert ("theta" in found.facts["rope"]) == (model_type != "gpt2")
 
 
 def test_parts_are_inspected(llm, umt_file, tmp_path, capsys):

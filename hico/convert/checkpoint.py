@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hico.configuration_hico import HicoConfig
 from hico.convert.export import export_config
@@ -23,6 +23,7 @@ from hico.convert.sources import (
     WEIGHTS,
     Source,
     encoder_in_file,
+    llm_config,
     llm_to_hico,
     projector_to_hico,
     published_to_hico,
@@ -151,14 +152,15 @@ def _assemble(
             f"{encoder} is no vision tower ({tower.kind}); give a file of UMT or InternVideo2, or a CLIP or SigLIP "
             "folder"
         )
+    text_config = llm_config(source.config)
     tokenizer = load_llm_tokenizer(str(source.path))
-    config = _assembled_config(source, tower, tokenizer, preset)
+    config = _assembled_config(text_config, tower, tokenizer, preset)
     expected = Expected.of(config)
     notes = [] if tokenizer else [_NO_TOKENIZER]
     parts: list[Iterator[tuple[Shard, Rename]]] = [source.shards(llm_to_hico), tower.shards(tower_to_hico)]
     made: dict[Path, Shard] = {}
     if projector is None:
-        shard = _random_projector(expected, source)
+        shard = _random_projector(expected, text_config.dtype or torch.float32)
         made[shard.path] = shard
         parts.append(iter([(shard, lambda name: name)]))
         notes.append("the projector is random (seed 0) until it is trained")
@@ -182,11 +184,9 @@ def _assemble(
 
 
 def _assembled_config(
-    source: Source, tower: Source, tokenizer: PreTrainedTokenizerBase | None, preset: str | None
+    text_config: PreTrainedConfig, tower: Source, tokenizer: PreTrainedTokenizerBase | None, preset: str | None
 ) -> HicoConfig:
-    changes: dict[str, Any] = {"text_config": {**source.config}}
-    for key in ("architectures", "auto_map", "transformers_version"):
-        changes["text_config"].pop(key, None)
+    changes: dict[str, Any] = {"text_config": text_config}
     if tower.kind == VISION_TOWER:
         changes["encoder"] = tower_settings(tower.config)
     if preset is None:
@@ -197,12 +197,11 @@ def _assembled_config(
     return HicoConfig.preset(preset, **changes)
 
 
-def _random_projector(expected: Expected, source: Source) -> Shard:
+def _random_projector(expected: Expected, dtype: torch.dtype) -> Shard:
     llm_width, width = expected.shapes["model.projector.mlp.0.weight"]
-    dtype = source.config.get("torch_dtype") or source.config.get("dtype") or "float32"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        weights = MLPProjector(width, llm_width).to(getattr(torch, dtype)).state_dict()
+        weights = MLPProjector(width, llm_width).to(dtype).state_dict()
     return TensorShard(Path("random projector"), {f"model.projector.{name}": w for name, w in weights.items()})
 
 

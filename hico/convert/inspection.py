@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from hico.configuration_hico import HicoConfig
 from hico.convert.plan import Rename, Unused
@@ -16,6 +16,7 @@ from hico.convert.sources import (
     VISION_TOWER,
     WEIGHTS,
     Source,
+    llm_config,
     llm_to_hico,
     projector_to_hico,
     published_to_hico,
@@ -115,23 +116,23 @@ def _model_facts(config: HicoConfig) -> dict[str, Any]:
 
 
 def _text_facts(text: PreTrainedConfig) -> dict[str, Any]:
-    rope = dict(text.rope_parameters)
-    kind, theta = rope.pop("rope_type"), rope.pop("rope_theta")
-    rest = "".join(f", {name} {value}" for name, value in rope.items())
+    heads = text.num_attention_heads
     return {
         "LLM": f"{text.model_type}, {text.num_hidden_layers} layers, {text.hidden_size} wide, "
-        f"{text.num_attention_heads} heads ({text.num_key_value_heads} key-value), vocabulary {text.vocab_size}",
+        f"{heads} heads ({getattr(text, 'num_key_value_heads', heads)} key-value), vocabulary {text.vocab_size}",
         "context": f"{text.max_position_embeddings} tokens",
-        "rope": f"{kind}, theta {theta:g}{rest}",
+        "rope": _rope(getattr(text, "rope_parameters", None)),
     }
 
 
-def _llm_facts(config: dict[str, Any]) -> dict[str, Any]:
-    settings = dict(config)
-    model_type = str(settings.pop("model_type", None))
-    if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"model_type is {model_type!r}, which transformers does not know")
-    return _text_facts(CONFIG_MAPPING[model_type](**settings))
+def _rope(settings: dict[str, Any] | None) -> str:
+    if not settings:
+        return "none"
+    if "rope_type" not in settings:  # it differs between kinds of layers
+        return "; ".join(f"{kind}: {_rope(its_settings)}" for kind, its_settings in settings.items())
+    rest = {name: value for name, value in settings.items() if name not in ("rope_type", "rope_theta")}
+    facts = [settings["rope_type"], f"theta {settings['rope_theta']:g}"]
+    return ", ".join([*facts, *(f"{name} {value}" for name, value in rest.items())])
 
 
 def _spec(settings: dict[str, Any]) -> str:
@@ -141,7 +142,7 @@ def _spec(settings: dict[str, Any]) -> str:
 
 _FACTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     HICO: lambda config: _model_facts(HicoConfig.from_dict(config)),
-    LLM: _llm_facts,
+    LLM: lambda config: _text_facts(llm_config(config)),
     VISION_TOWER: lambda config: {"encoder": _spec(tower_settings(config))},
     WEIGHTS: lambda config: {},
 }

@@ -68,9 +68,18 @@ class Expected:
 
     @classmethod
     def of(cls, config: HicoConfig) -> "Expected":
-        """Ask a model without weights."""
-        with torch.device("meta"):
-            model = HicoForConditionalGeneration(config)
+        """Ask a model without weights.
+
+        Raises:
+            ValueError: if there can be no such model.
+        """
+        try:
+            with torch.device("meta"):
+                model = HicoForConditionalGeneration(config)
+        except (ValueError, ImportError):
+            raise
+        except Exception as error:  # settings that contradict each other make transformers fail in any way
+            raise ValueError(f"no model can be built from this configuration: {error!r}") from error
         tied = dict(model.all_tied_weights_keys)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
         return cls(shapes, tied, tuple(model.model.encoder._keys_to_ignore_on_load_unexpected))

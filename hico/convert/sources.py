@@ -8,6 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
+
+from hico.configuration_hico import HicoConfig
 from hico.convert.plan import Rename, Unused
 from hico.published import LAYER_SCALE, SYSTEMS, is_published, system_of, to_hico
 from hico.shards import CheckpointError, Shard, iterate_shards
@@ -87,9 +90,26 @@ def _kind_of(config: dict[str, Any]) -> str:
     return VISION_TOWER if model_type in _TOWER_TYPES else LLM
 
 
+def llm_config(config: dict[str, Any]) -> PreTrainedConfig:
+    """Read the ``config.json`` of an LLM of transformers.
+
+    Raises:
+        ValueError: if transformers knows no such LLM.
+    """
+    written = ("architectures", "auto_map", "transformers_version")
+    settings = {key: value for key, value in config.items() if key not in written}
+    return HicoConfig(text_config={"model_type": None, **settings}).text_config
+
+
 def tower_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Translate the ``config.json`` of a CLIP or SigLIP directory to the settings of our encoder."""
+    """Translate the ``config.json`` of a CLIP or SigLIP directory to the settings of our encoder.
+
+    Raises:
+        ValueError: if its vision part holds no settings.
+    """
     vision = config.get("vision_config") or config
+    if not isinstance(vision, dict):
+        raise ValueError(f"vision_config is {vision!r}; it must be a mapping of settings")
     settings = {ours: vision[theirs] for theirs, ours in _TOWER_SETTINGS.items() if theirs in vision}
     return {"name": _TOWER_TYPES[config["model_type"]], **settings}
 
