@@ -51,7 +51,8 @@ class HicoPreTrainedModel(PreTrainedModel):
         Checkpoints of VideoChat-Flash and LongVA are loaded as they are; saved again, they are in our layout.
 
         Args:
-            strict: refuse a checkpoint that lacks weights or has others; if False, missing weights are random.
+            strict: refuse a checkpoint that lacks weights or has others; if False, missing weights are random, and
+                weights that differ although the config ties them stay apart.
 
         Raises:
             ValueError: if ``strict`` and the weights are not the model's; the message counts and names them.
@@ -64,9 +65,16 @@ class HicoPreTrainedModel(PreTrainedModel):
                 check_shards(folder, rename=to_hico_on_load)
         kwargs["key_mapping"] = {**KEY_MAPPING, **(kwargs.get("key_mapping") or {})}
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        faults = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected") if info[f"{kind}_keys"]}
-        if strict and faults:
-            found = "; ".join(f"{len(keys)} {kind}: {', '.join(keys[:3])}" for kind, keys in faults.items())
+        tied = cls._tied_weights_keys if model.config.tie_word_embeddings else None
+        faults = {
+            "missing": info["missing_keys"],
+            "unexpected": info["unexpected_keys"],
+            "not what the config ties them to": set(tied or ()) - model.all_tied_weights_keys.keys(),
+        }
+        if strict and any(faults.values()):
+            found = "; ".join(
+                f"{len(keys)} {kind}: {', '.join(sorted(keys)[:3])}" for kind, keys in faults.items() if keys
+            )
             raise ValueError(
                 f"{pretrained_model_name_or_path}: these are not the weights of this {cls.__name__} ({found}); "
                 "check that the config belongs to the weights, or pass strict=False to go on all the same"
