@@ -127,6 +127,7 @@ def corpus(tmp_path_factory):
     return folder
 
 
+BEST = {"load_best_model_at_end": True, "eval_fraction": 0.3, "eval_strategy": "steps"}
 RECIPE = {"model": "init", "output_dir": "out", "data": "mix.yaml", "min_frames": 4, "max_frames": 8}
 RECIPE |= {"max_length": 2048, "per_device_train_batch_size": 2, "num_train_epochs": 1, "decode_timeout": None}
 RECIPE |= {"save_strategy": "no", "use_cpu": True}
@@ -165,6 +166,7 @@ def complaints(folder, monkeypatch, capfd, recipe, *flags):
         ({"eval_strategy": "epoch"}, "nothing is held out"),
         ({"load_best_model_at_end": True}, "nothing is held out"),
         ({"load_best_model_at_end": True, "eval_fraction": 0.3}, "save and eval strategy to match"),
+        ({**BEST, "eval_steps": 1, "save_steps": 2}, "eval_steps 1 and save_steps 2: the best may not be saved"),
         ({"metric_for_best_model": "accuracy"}, "metric_for_best_model is 'accuracy'"),
         ({"logging_steps": 1.5}, "--logging_steps must be an integer"),
         ({"log_level": "loud"}, "log_level is 'loud'"),

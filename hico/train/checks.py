@@ -140,6 +140,11 @@ def check_arguments(recipe: Recipe) -> None:
         settings.setdefault("eval_strategy", "epoch")
     try:
         args = _Planned(output_dir=recipe.output_dir, **{**settings, "use_cpu": True})
+        if args.load_best_model_at_end and args.save_strategy == "steps" and args.eval_steps != args.save_steps:
+            raise ValueError(
+                f"load_best_model_at_end with eval_steps {args.eval_steps:g} and save_steps {args.save_steps:g}: the "
+                "best may not be saved; give both one value, or set save_strategy: best"
+            )
         Trainer.get_optimizer_cls_and_kwargs(args)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
