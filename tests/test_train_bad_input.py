@@ -127,7 +127,7 @@ def corpus(tmp_path_factory):
     return folder
 
 
-BEST = {"load_best_model_at_end": True, "eval_fraction": 0.3, "eval_strategy": "steps"}
+BEST = {"load_best_model_at_end": True, "eval_fraction": 0.3, "eval_strategy": "steps", "save_strategy": "steps"}
 RECIPE = {"model": "init", "output_dir": "out", "data": "mix.yaml", "min_frames": 4, "max_frames": 8}
 RECIPE |= {"max_length": 2048, "per_device_train_batch_size": 2, "num_train_epochs": 1, "decode_timeout": None}
 RECIPE |= {"save_strategy": "no", "use_cpu": True}

@@ -148,3 +148,12 @@ def test_rows_that_cannot_be_read_are_left_out(corpus, tmp_path):
     assert checkpoint.is_complete(final)
     (entry,) = (tmp_path / "out/bad_rows-0.jsonl").read_text().splitlines()
     assert json.loads(entry)["where"] == f"{tmp_path / 'tracks.jsonl'}:2"
+
+
+def test_nothing_that_can_be_read_is_an_error(corpus, tmp_path):
+    row = json.loads((corpus / "tracks.jsonl").read_text().splitlines()[0])
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    (tmp_path / "tracks.jsonl").write_text(json.dumps({**row, "video": "broken.mp4"}))
+    data = [{"json_path": str(tmp_path / "tracks.jsonl"), "data_root": str(tmp_path)}]
+    with pytest.raises(SampleError, match=r"none of the 1 rows can be read; .*/bad_rows-0\.jsonl says why"):
+        run_stage(recipe(corpus, tmp_path / "out", data=data, on_bad_sample="skip"))

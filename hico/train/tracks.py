@@ -19,6 +19,7 @@ from hico.encoders.base import VisionEncoder
 from hico.modeling_hico import HicoForConditionalGeneration
 from hico.preprocessing import normalize_pixels
 from hico.train.dataset import BadRow, TrainingRows
+from hico.train.decoding import SampleError
 from hico.train.mixture import Mixture
 from hico.train.safeguards import BadRows
 from hico.train.stage_trainer import StageTrainer
@@ -112,6 +113,8 @@ class Tracks(Dataset):
             (left_out if isinstance(example, BadRow) else clips).append(example)
         bad_rows.load(None)
         bad_rows.count(len(rows), left_out)
+        if not clips:
+            raise SampleError(f"none of the {len(rows)} rows can be read; {bad_rows.path} says why")
         without = {row.index for row in left_out}
         facts = [row for number, row in enumerate(facts) if number not in without]
         self._clips = torch.cat([example["pixel_values_videos"] for example in clips])
