@@ -288,7 +288,7 @@ def check_shards(source: Path, *, rename: Callable[[str], str] = str) -> None:
 def _read_index(path: Path) -> list[Path]:
     try:
         weight_map = json.loads(path.read_text(), object_pairs_hook=_refuse_duplicates)["weight_map"]
-        names = list(dict.fromkeys(weight_map.values()))
+        names = sorted(set(weight_map.values()))  # so that converted files keep their numbers
         if not names:
             raise ValueError("it lists no shard")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

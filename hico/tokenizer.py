@@ -67,13 +67,21 @@ def load_llm_tokenizer(path: str, *, known: bool = True, **hub_kwargs) -> PreTra
         path: a folder or the name of a repository.
         known: whether transformers knows the model; if not, its configuration is not asked for the tokenizer's class.
         hub_kwargs: for ``AutoTokenizer.from_pretrained``, such as ``revision``.
+
+    Raises:
+        ValueError: if it is damaged, or cannot do without its own code.
     """
     files = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
     if not any(cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs) for name in files):
         return None
     if not known:
         hub_kwargs["config"] = PreTrainedConfig()
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **hub_kwargs)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **hub_kwargs)
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # damaged files make transformers fail in any way
+        raise ValueError(f"{path}: its tokenizer cannot be read ({error})") from error
     tokenizer.init_kwargs.pop("auto_map", None)  # otherwise it is saved again, and asks for that code
     return tokenizer
 

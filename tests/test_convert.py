@@ -97,6 +97,18 @@ def test_what_is_loaded_directly_is_what_is_converted(flash, tmp_path):
     assert not info["missing_keys"]
 
 
+def test_files_of_several_shards_and_dtypes_survive_a_round_trip(tmp_path):
+    config, weights = videochat_flash(tiny_llm(), image_aspect_ratio="anyres_nopad", torch_dtype="bfloat16")
+    weights = {name: w if name.endswith("norm.weight") else w.bfloat16() for name, w in weights.items()}
+    folder = write_checkpoint(tmp_path / "flash", config, weights, num_shards=3)
+    write_tokenizer(folder)
+    for source, target, layout in (("flash", "one", "hico"), ("one", "back", "published"), ("back", "two", "hico")):
+        convert(tmp_path / source, tmp_path / target, to=layout)
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two
+    assert "model-00003-of-00003.safetensors" in one
+
+
 def test_a_saved_model_has_our_names_however_it_was_loaded(flash, tmp_path):
     HicoForConditionalGeneration.from_pretrained(flash).save_pretrained(tmp_path / "saved")
     convert(flash, tmp_path / "hico")
@@ -201,6 +213,15 @@ def test_a_tokenizer_of_vocabulary_and_merges_goes_along(flash, tmp_path):
     ids = tokenizer.convert_tokens_to_ids(["<|video_pad|>", "<|image_pad|>"])
     assert ids == [config.video_token_id, config.image_token_id]
     assert min(ids) > 258
+
+
+@pytest.mark.parametrize(("name", "text"), [("tokenizer.json", "{broken"), ("tokenizer_config.json", "[]")])
+def test_a_damaged_tokenizer_is_named(flash, tmp_path, name, text):
+    (flash / name).write_text(text)
+    for use in (lambda: convert(flash, tmp_path / "hico"), lambda: HicoProcessor.from_pretrained(flash)):
+        with pytest.raises(ValueError, match=rf"{flash}: its tokenizer cannot be read"):
+            use()
+    assert not (tmp_path / "hico").exists()
 
 
 def test_without_a_tokenizer_no_processor_is_written_and_the_report_says_so(flash, tmp_path):
