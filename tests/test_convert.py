@@ -24,6 +24,7 @@ from hico import HicoConfig, HicoForConditionalGeneration, HicoModel, HicoProces
 from hico.cli import main
 from hico.convert import convert, inspect_checkpoint
 from hico.demo import write_moving_square
+from hico.published import SIZES_KEY
 from hico.shards import CheckpointError, iterate_shards
 
 
@@ -515,6 +516,19 @@ def test_inspect_describes_what_cannot_be_loaded(flash, capsys):
     ):
         assert main(command) == 1
         assert "hico cannot run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rope_parameters": {"rope_type": None}}, {SIZES_KEY: {"img": 128, "dim": 0}}, {SIZES_KEY: {"img": "a"}}],
+)
+def test_settings_that_contradict_each_other_are_a_fault(flash, tmp_path, capsys, change):
+    config = json.loads((flash / "config.json").read_text())
+    tower = {"mm_vision_tower": "clip-vit-large-patch14-336"} if SIZES_KEY in change else {}
+    (flash / "config.json").write_text(json.dumps({**config, **change, **tower}))
+    assert inspect_checkpoint(flash).fault
+    assert main(["convert", str(flash), str(tmp_path / "new")]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,8 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
             facts = _FACTS[source.kind](source.config)
     except ValueError as error:
         fault = str(error)
+    except Exception as error:  # settings that contradict each other make transformers fail in any way
+        fault = f"its settings contradict each other ({error!r})"
     parts, dtypes, num_bytes = Counter(), Counter(), 0
     rename = published_to_hico(source.kind) if source.is_published else _RENAMES[source.kind]
     for shard, _ in source.shards(rename):
