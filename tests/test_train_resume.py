@@ -17,6 +17,7 @@ from hico.train.__main__ import main
 from hico.train.checkpoint import checkpoints, is_complete, read_manifest
 from hico.train.dataset import TrainingRows
 from hico.train.prepared import prepare
+from hico.train.report import dry_run
 
 
 class Killed(Exception):
@@ -302,6 +303,13 @@ def test_a_dry_run_says_what_would_be_done(folder, capsys):
     assert "tokens per step" in text
     assert "GiB" in text
     assert not (folder / "chain").exists()
+
+
+@pytest.mark.parametrize("epochs", [0.75, 1.5])
+def test_a_dry_run_counts_the_steps_that_are_made(folder, epochs):
+    recipe = make(folder, num_train_epochs=epochs)
+    steps = max(losses(history(run.run_stage(recipe))))
+    assert f"steps: {steps}\n" in dry_run(recipe, run.prepare(recipe), world_size=1)
 
 
 # Adapters --------------------------------------------------------------------------------------------------------

@@ -55,17 +55,18 @@ def dry_run(recipe: Recipe, prepared: Prepared, *, world_size: int) -> str:
         lines.append(f"held out: {len(prepared.eval_rows):,} rows")
     accumulation = recipe.gradient_accumulation(world_size)
     sampler = prepared.sampler(world_size=world_size)
-    steps = -(-len(sampler) // accumulation) * recipe.arguments.get("num_train_epochs", 3)
+    steps_per_epoch = max(1, -(-len(sampler) // accumulation))
+    steps = math.ceil(steps_per_epoch * recipe.arguments.get("num_train_epochs", 3))
     if recipe.arguments.get("max_steps", -1) > 0:
         steps = recipe.arguments["max_steps"]
     lengths = prepared.lengths[prepared.rows]
-    per_step = lengths.sum() / max(1, -(-len(sampler) // accumulation))
+    per_step = lengths.sum() / steps_per_epoch
     lines += [
         "",
         f"{world_size} device(s), {accumulation} micro-batch(es) per step, {len(prepared.rows):,} rows",
         f"tokens per row: {lengths.mean():,.0f} on average, {lengths.max():,} at most (estimated)",
         f"tokens per step: {per_step:,.0f} (estimated)",
-        f"steps: {steps:,.0f}",
+        f"steps: {steps:,}",
         "",
         *_memory(recipe, prepared, model, world_size),
     ]
