@@ -29,3 +29,13 @@ def folder(training_corpus, tmp_path):
     for path in training_corpus.iterdir():
         (tmp_path / path.name).symlink_to(path)
     return tmp_path
+
+
+@pytest.fixture
+def flash(tmp_path):
+    """A VideoChat-Flash checkpoint in two pickled shards, with a tokenizer."""
+    from published import tiny_llm, videochat_flash, write_checkpoint, write_tokenizer
+
+    folder = write_checkpoint(tmp_path / "flash", *videochat_flash(tiny_llm()), num_shards=2, suffix="bin")
+    write_tokenizer(folder)
+    return folder
