@@ -54,12 +54,12 @@ SIZES_KEY = "_tiny_tower_sizes_not_in_official_config"
 (the grid of its position table)."""
 
 TOWERS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("internvideo2", {"name": "internvideo2", "image_size": 224}),
-    ("umt-hd", {"name": "umt", "image_size": 448}),
-    ("umt", {"name": "umt", "image_size": 224}),
     ("clip-vit-large-patch14-336", {"name": "clip", "image_size": 336}),
     ("clip-vit-large-patch14", {"name": "clip", "image_size": 224}),
     ("siglip-so400m-patch14-384", {"name": "siglip", "image_size": 384}),
+    ("internvideo2", {"name": "internvideo2", "image_size": 224}),
+    ("umt-hd", {"name": "umt", "image_size": 448}),
+    ("umt", {"name": "umt", "image_size": 224}),
 )
 """Part of a tower's name -> our encoder. Tried in this order."""
 

@@ -98,6 +98,14 @@ def test_the_name_of_the_tower_says_its_resolution(tower, size):
     assert translate({**FLASH, "mm_vision_tower": tower}).config["encoder"]["image_size"] == size
 
 
+@pytest.mark.parametrize(
+    ("tower", "name"),
+    [("umt/openai/clip-vit-large-patch14-336", "clip"), ("internvideo2/siglip-so400m-patch14-384", "siglip")],
+)
+def test_frame_encoders_are_found_first_whatever_their_folder_is_called(tower, name):
+    assert translate({**FLASH, "mm_vision_tower": tower}).config["encoder"]["name"] == name
+
+
 @pytest.mark.parametrize("tower", ["internvideo2", "InternVideo2-1B", "internvideo2-umt-hd"])
 def test_internvideo2_is_always_the_tower_of_224_pixels(tower):
     keys = {"mm_vision_tower": tower, "mm_vision_select_layer": -2, "mm_hidden_size": 1408, "mm_local_num_frames": 4}
@@ -113,7 +121,7 @@ def test_internvideo2_is_always_the_tower_of_224_pixels(tower):
     [
         (
             {"mm_vision_tower": "resnet"},
-            "mm_vision_tower is 'resnet', which hico cannot run; it knows names with internvideo2, umt-hd",
+            "mm_vision_tower is 'resnet', which hico cannot run; it knows names with clip-vit-large-patch14-336, clip",
         ),
         (
             {"mm_projector_type": "qformer"},
