@@ -95,8 +95,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 IMAGE_LAYOUTS = ("mosaic", "tiles", "flat")
-_ATTENTION_KEYS = ("attn_implementation", "_attn_implementation")
-"""What transformers reads here may name code to download and run, so only a caller may say it, and not a file."""
+_CALLER_KEYS = ("attn_implementation", "_attn_implementation", "transformers_weights")
+"""What transformers reads here names code to download and run, or files that nobody checked; a file may not say it."""
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -207,7 +207,7 @@ class HicoConfig(PreTrainedConfig):
         settings, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not settings:
             raise OSError(f"{pretrained_model_name_or_path} has no config.json; is it a checkpoint, and complete?")
-        for key in _ATTENTION_KEYS:
+        for key in _CALLER_KEYS:
             settings.pop(key, None)
         if is_published(settings):
             found = translate(settings)

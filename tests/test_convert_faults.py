@@ -179,6 +179,13 @@ def test_what_is_there_is_not_overwritten(flash, tmp_path):
     convert(flash, tmp_path / "hico")
 
 
+def test_a_config_cannot_choose_the_files_of_weights(flash, tmp_path):
+    convert(flash, tmp_path / "hico")
+    file = tmp_path / "hico" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "transformers_weights": "other.safetensors"}))
+    HicoForConditionalGeneration.from_pretrained(tmp_path / "hico")
+
+
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
 def test_a_config_cannot_ask_for_a_kernel_to_be_downloaded(flash, tmp_path, key):
     convert(flash, tmp_path / "hico")
