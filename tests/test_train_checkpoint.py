@@ -49,7 +49,7 @@ def test_checkpoints_are_listed_by_step(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "no manifest"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "no manifest", "{", "[]", "{}"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
     save(tmp_path, 1)
     folder = save(tmp_path, 2)
@@ -57,6 +57,8 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
         (folder / "model.bin").write_bytes(b"123")
     elif damage == "gone":
         (folder / "sub/optimizer.bin").unlink()
+    elif damage != "no manifest":
+        (folder / "manifest.json").write_text(damage)
     else:
         (folder / "manifest.json").unlink()
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-1"]

@@ -1,13 +1,15 @@
 """A stage is held against what it was made from: real changes are seen, and nothing else."""
 
 import os
+import re
 import shutil
 
 import pytest
 from train_corpus import history, losses, make, write_corpus
 
 from hico.train import run
-from hico.train.provenance import check_finished
+from hico.train.checkpoint import read_manifest
+from hico.train.provenance import check_finished, check_resumable
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +55,14 @@ def test_a_run_goes_on_wherever_its_folders_lie(tmp_path, monkeypatch):
     monkeypatch.chdir(moved)
     resumed = run.run_stage(make(moved.relative_to(os.getcwd()), **settings))
     assert losses(history(resumed)) == losses(history(moved / whole.relative_to(folder)))
+
+
+@pytest.mark.parametrize("changes", [{"trainable": ["llm"]}, {"optim": "sgd"}, {"objective": "tracks"}])
+def test_another_optimizer_is_refused_on_resuming(finished, changes):
+    last = finished / "out/final"
+    asked = {**read_manifest(last), "settings": {**read_manifest(last)["settings"], **changes}}
+    key, value = next(iter(changes.items()))
+    with pytest.raises(
+        ValueError, match=f"holds the optimizer of other settings: {key} was .* and is {re.escape(repr(value))}"
+    ):
+        check_resumable(last, asked)

@@ -51,9 +51,13 @@ def is_complete(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return what was said about a checkpoint, or nothing if there is none."""
+    """Return what was said about a checkpoint; nothing where no whole manifest of ours is."""
     path = folder / MANIFEST
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        manifest = json.loads(path.read_text()) if path.is_file() else None
+    except ValueError:  # cut off or damaged: the checkpoint is not complete
+        return None
+    return manifest if isinstance(manifest, dict) and "files" in manifest else None
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

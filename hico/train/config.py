@@ -32,9 +32,13 @@ DECIDED = {
     "remove_unused_columns": "a row keeps what the model takes",
     "resume_from_checkpoint": "a run goes on after its last checkpoint by itself",
     "ignore_data_skip": "a run goes on with the next row by itself",
+    "save_only_model": "a run goes on with its optimizer",
     "auto_find_batch_size": "the order of rows follows from the batch size",
     "train_sampling_strategy": "group_by_length orders the rows",
     "label_smoothing_factor": "every learned token weighs the same",
+    "average_tokens_across_devices": "every learned token weighs the same",
+    "dataloader_drop_last": "every row is seen",
+    "data_seed": "the order of rows follows from seed",
 }
 """Arguments of transformers that are no recipe keys -> why."""
 

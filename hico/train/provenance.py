@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from hico.train.mixture import Mixture
 
 _DATA = ("started_from", "seed", "datasets", "order")
 """What a run must have in common with the checkpoint that it goes on from."""
+_OPTIMIZED = ("objective", "trainable", "lora", "optim", "optim_args", "optim_target_modules")
+"""Settings that decide what the state of the optimizer belongs to."""
 _HOW = re.compile(
     r"(output_dir|name|model|check_files|decode_timeout|peak_tflops|on_bad_sample|max_bad_fraction|attn_implementation"
     r"|eval_(?!data|fraction).*|per_device_eval.*|(activation|gradient)_checkpointing.*|use_cpu|deepspeed|tf32|project"
@@ -75,7 +77,7 @@ def check_resumable(last: Path, asked: Mapping[str, Any]) -> str:
         What changed among the settings, in words; nothing if all is as it was.
 
     Raises:
-        ValueError: if the run is of other data, in another order, or started from another model.
+        ValueError: if the run is of other data, in another order, started from another model, or of another optimizer.
     """
     before, asked = checkpoint.read_manifest(last) or {}, _as_read(asked)
     for key in _DATA:
@@ -85,7 +87,12 @@ def check_resumable(last: Path, asked: Mapping[str, Any]) -> str:
                 f"{last} was trained on other data: {key} was {str(before.get(key))[:300]} and is "
                 f"{str(asked[key])[:300]}{hint}; put that back, or train into another output_dir"
             )
-    return _changes(before.get("settings", {}), asked["settings"])
+    settings = before.get("settings", {})
+    if changed := _changes(settings, asked["settings"], _OPTIMIZED):
+        raise ValueError(
+            f"{last} holds the optimizer of other settings: {changed}; put that back, or train into another output_dir"
+        )
+    return _changes(settings, asked["settings"])
 
 
 def check_finished(final: Path, recipe: Recipe) -> None:
@@ -133,8 +140,9 @@ def _wherever(value: Any) -> Any:
     return value
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    keys = [key for key in {**before, **now} if before and before.get(key) != now.get(key)]
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], among: Sequence[str] | None = None) -> str:
+    """Say in words which settings changed: any of them, or ``among`` some."""
+    keys = [key for key in among or {**before, **now} if before and before.get(key) != now.get(key)]
     return ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys)
 
 
