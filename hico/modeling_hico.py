@@ -1,12 +1,11 @@
 """`HicoModel` and `HicoForConditionalGeneration`: a stock Hugging Face LLM that sees videos and images."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, AutoModelForImageTextToText, Cache, PreTrainedModel
+from transformers import AutoModel, AutoModelForImageTextToText, Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -15,72 +14,14 @@ from hico.generation import VisualGenerationMixin, refuse_without_prompt
 from hico.grids import mosaic_order
 from hico.llm_dropout import DropHandle, DropSchedule, find_handle, patch
 from hico.preprocessing import normalize_pixels
+from hico.pretrained import HicoPreTrainedModel
 from hico.projector import MLPProjector
 from hico.prompt import IGNORE_INDEX
-from hico.published import KEY_MAPPING, to_hico_on_load
 from hico.registry import ENCODERS
 from hico.rotary import keep_rotary_in_float32
-from hico.shards import WEIGHT_FILES, check_shards
 
 CLIPS_PER_CHUNK = 16
 """Clips that go through the encoder at once; bounds its memory whatever the length of a video."""
-
-
-class HicoPreTrainedModel(PreTrainedModel):
-    """What both models share with transformers."""
-
-    config_class = HicoConfig
-    base_model_prefix = "model"
-    input_modalities = ("video", "image", "text")
-    supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if hasattr(module, "init_own_weights"):
-            module.init_own_weights()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, strict: bool = True, **kwargs):
-        """Load a saved model as `transformers.PreTrainedModel.from_pretrained` does, but never half of one.
-
-        Checkpoints of VideoChat-Flash and LongVA are loaded as they are; saved again, they are in our layout.
-
-        Args:
-            strict: refuse a checkpoint that lacks weights or has others; if False, missing weights are random, and
-                weights that differ although the config ties them stay apart.
-
-        Raises:
-            ValueError: if ``strict`` and the weights are not the model's; the message counts and names them.
-            CheckpointError: if a file of weights is missing, damaged, or holds code, or a tensor under two names.
-        """
-        wants_info = kwargs.pop("output_loading_info", False)
-        if pretrained_model_name_or_path is not None:
-            folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
-            if any((folder / name).is_file() for name in WEIGHT_FILES):
-                check_shards(folder, rename=to_hico_on_load)
-        kwargs["key_mapping"] = {**KEY_MAPPING, **(kwargs.get("key_mapping") or {})}
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        tied = cls._tied_weights_keys if model.config.tie_word_embeddings else None
-        faults = {
-            "missing": info["missing_keys"],
-            "unexpected": info["unexpected_keys"],
-            "not what the config ties them to": set(tied or ()) - model.all_tied_weights_keys.keys(),
-        }
-        if strict and any(faults.values()):
-            found = "; ".join(
-                f"{len(keys)} {kind}: {', '.join(sorted(keys)[:3])}" for kind, keys in faults.items() if keys
-            )
-            raise ValueError(
-                f"{pretrained_model_name_or_path}: these are not the weights of this {cls.__name__} ({found}); "
-                "check that the config belongs to the weights, or pass strict=False to go on all the same"
-            )
-        model._weight_conversions = None  # otherwise transformers 5 saves under the names that were loaded
-        return (model, info) if wants_info else model
 
 
 class HicoModel(HicoPreTrainedModel):
