@@ -35,8 +35,8 @@ class HicoPreTrainedModel(PreTrainedModel):
         Checkpoints of VideoChat-Flash and LongVA are loaded as they are; saved again, they are in our layout.
 
         Args:
-            strict: refuse a checkpoint that lacks weights or has others; if False, missing weights are random, and
-                weights that differ although the config ties them stay apart.
+            strict: refuse a checkpoint that lacks weights, or has others or some of another shape; if False, missing
+                weights are random, and weights that differ although the config ties them stay apart.
 
         Raises:
             ValueError: if ``strict`` and the weights are not the model's; the message counts and names them.
@@ -48,11 +48,14 @@ class HicoPreTrainedModel(PreTrainedModel):
             if any((folder / name).is_file() for name in WEIGHT_FILES):
                 check_shards(folder, rename=to_hico_on_load)
         kwargs["key_mapping"] = {**KEY_MAPPING, **(kwargs.get("key_mapping") or {})}
+        takes_other_shapes = kwargs.get("ignore_mismatched_sizes", False)
+        kwargs["ignore_mismatched_sizes"] = strict or takes_other_shapes  # as a fault it is told in one line
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         tied = cls._tied_weights_keys if model.config.tie_word_embeddings else None
         faults = {
             "missing": info["missing_keys"],
             "unexpected": info["unexpected_keys"],
+            "of another shape": [] if takes_other_shapes else [name for name, *_ in info["mismatched_keys"]],
             "not what the config ties them to": set(tied or ()) - model.all_tied_weights_keys.keys(),
         }
         if strict and any(faults.values()):
