@@ -56,7 +56,7 @@ def test_a_tensor_too_few_too_many_or_of_another_shape_stops_the_conversion(tmp_
     assert main(["convert", str(folder), str(tmp_path / "hico")]) == 1
     assert capsys.readouterr().err.startswith("hico convert: ")
     assert {path.name for path in tmp_path.iterdir()} == {"flash"}
-    with pytest.raises(ValueError, match=r"these are not the weights of this HicoForConditionalGeneration|both become"):
+    with pytest.raises(ValueError, match=r"not the weights of this HicoForConditionalGeneration|both become"):
         HicoForConditionalGeneration.from_pretrained(folder)
 
 
