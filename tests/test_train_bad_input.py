@@ -194,7 +194,7 @@ def complaints(folder, monkeypatch, capfd, recipe, *flags):
         ({"model_config": {3: 3}}, "model_config is {3: 3}"),
         ({"model_config": {"encoder": {"hidden_size": 32}}}, "is (16,), but by the configuration it is (32,)"),
         ({"model_config": {"encoder": {"depth": 3}}}, "missing, such as model.encoder.blocks"),
-        ({"model_config": {"text_config": {"vocab_size": 100}}}, "no model can be built of init"),
+        ({"model_config": {"text_config": {"vocab_size": 100}}}, "no model can be built from this configuration"),
         ({"model_config": {"compressor": "nope"}}, "unknown compressor 'nope'"),
         ({"image_size": 25}, "resize to 24 x 24"),
         ({"drop_schedule": "uniform@1"}, "write policy@layer:keep"),
@@ -289,7 +289,7 @@ def test_a_damaged_checkpoint_is_named(corpus, monkeypatch, capfd, name, text, m
         ("model: a\nmodel: b", "'model' stands twice"),
         ("- 1", "must hold recipe keys"),
         ("output_dir: out\nstages: [null]", "stage 1 is None"),
-        ("output_dir: out\nstages: [none.yaml]", "no recipe file"),
+        ("output_dir: out\nstages: [none.yaml]", "no recipe or mixture file"),
         ("output_dir: out\nstages: [{data: mix.yaml, stages: []}]", "stages cannot be set here"),
     ],
 )

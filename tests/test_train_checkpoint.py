@@ -77,7 +77,7 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path):
     for step in range(1, 6):
         save(tmp_path, step)
     checkpoint.rotate(tmp_path, 2, keep=str(tmp_path / "checkpoint-2"))
-    assert names(tmp_path) == [".saving", "checkpoint-2", "checkpoint-5"]
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-5"]
     checkpoint.rotate(tmp_path, None)
     assert len(checkpoint.checkpoints(tmp_path)) == 2
 

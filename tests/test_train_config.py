@@ -238,7 +238,7 @@ def test_bad_recipe_files_are_named(tmp_path, text, message):
 
 
 def test_a_missing_recipe_file_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no recipe file .*none\.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"no recipe or mixture file .*none\.yaml"):
         load_recipes(tmp_path / "none.yaml")
 
 

@@ -251,7 +251,11 @@ def test_a_finished_stage_that_was_made_otherwise_is_an_error(folder, capsys):
     capsys.readouterr()
     assert main(["--config", str(path), "--learning_rate", "3e-5"]) == 1
     assert "stage first is finished, but learning_rate was None and is 3e-05; remove" in capsys.readouterr().err
-    (folder / "mix2.yaml").write_text((folder / "mix.yaml").read_text() + "# changed\n")
+    (folder / "mix.yaml").rename(folder / "as it was.yaml")
+    (folder / "mix.yaml").write_text("# the same\n" + (folder / "as it was.yaml").read_text())
+    assert main(["--config", str(path)]) == 0
+    changed = (folder / "mix.yaml").read_text().replace("data_root: .", "data_root: ., sampling_strategy: first:9")
+    (folder / "mix2.yaml").write_text(changed)
     path.write_text(CHAIN.format(folder=folder).replace("mix.yaml, image_size: 48", "mix2.yaml, image_size: 48"))
     assert main(["--config", str(path)]) == 1
     assert "stage second is finished, but data was" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -39,6 +40,8 @@ def publish(staged: Path, target: Path, manifest: Mapping[str, Any]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     os.rename(staged, target)
     _flush(target.parent)
+    with suppress(OSError):  # something else may lie there
+        staged.parent.rmdir()
 
 
 def is_complete(folder: Path) -> bool:

@@ -128,6 +128,8 @@ class Recipe:
             raise ValueError(
                 f"objective 'tracks' trains the encoder alone; set trainable: [encoder], not {self.trainable}"
             )
+        if self.objective == "tracks" and self.evaluates:
+            raise ValueError("objective 'tracks' has no evaluation; leave out eval_fraction and eval_data")
         if frozen := set(self.part_learning_rates) - set(self.trainable):
             raise ValueError(f"part_learning_rates names {sorted(frozen)}, which `trainable` freezes")
         if self.lora is not None and "llm" in self.trainable:
@@ -183,6 +185,11 @@ class Recipe:
                 "change one of them (global_batch_size: null leaves the product to the others)"
             )
         return steps
+
+    def trainer_settings(self) -> dict[str, Any]:
+        """Return the keywords of `transformers.TrainingArguments`, with our defaults where they differ."""
+        defaults = {"logging_nan_inf_filter": False, "eval_strategy": "epoch" if self.evaluates else "no"}
+        return {**defaults, **self.arguments}
 
     @property
     def evaluates(self) -> bool:
@@ -324,7 +331,7 @@ def read_yaml(path: Path) -> Any:
         ValueError: if it is not YAML, or a variable is not set.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no recipe file {path}")
+        raise FileNotFoundError(f"there is no recipe or mixture file {path}")
     return _expand(_parse_yaml(path.read_bytes(), str(path)), path)
 
 

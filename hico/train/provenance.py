@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from hico.train import checkpoint
 from hico.train.batching import BatchSampler
-from hico.train.config import Recipe
+from hico.train.config import Recipe, read_yaml
 from hico.train.mixture import Mixture
 
 _DATA = ("started_from", "seed", "datasets", "order")
@@ -119,7 +119,8 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         settings.pop("gradient_accumulation_steps", None)
     for key in ("data", "eval_data"):
         if isinstance(settings.get(key), str):
-            settings[key] = hashlib.sha256(Path(settings[key]).read_bytes()).hexdigest()
+            datasets = json.dumps(read_yaml(Path(settings[key])), sort_keys=True)
+            settings[key] = hashlib.sha256(datasets.encode()).hexdigest()
     return {
         key: value
         for key, value in settings.items()

@@ -118,9 +118,7 @@ def make_trainer(recipe: Recipe, args: TrainingArguments, prepared: Prepared) ->
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """Turn a recipe into the arguments of transformers."""
-    settings = {"logging_nan_inf_filter": False, **recipe.arguments}
-    if recipe.eval_data is not None or recipe.eval_fraction:
-        settings.setdefault("eval_strategy", "epoch")
+    settings = recipe.trainer_settings()
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     settings["gradient_accumulation_steps"] = recipe.gradient_accumulation(world_size)
     if "activation_checkpointing" in {known.name for known in fields(TrainingArguments)}:
