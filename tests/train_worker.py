@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from hico.train import run
+from hico.train.__main__ import leave
 from hico.train.config import make_recipe
 
 
@@ -101,10 +102,11 @@ def main(recipe_file, result):
             sharded = made[0].is_fsdp_enabled
             found = {"losses": losses, "gradients": record.gradients, "final": str(final), "sharded": sharded}
             torch.save(found, result)
+        return 0
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    leave(lambda: main(*sys.argv[1:]))

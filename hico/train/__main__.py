@@ -1,10 +1,12 @@
 """``python -m hico.train --config RECIPE [--key value ...]``: train a stage, or a chain of stages."""
 
 import argparse
+import atexit
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
 
@@ -76,5 +78,23 @@ def _train(recipes) -> None:
             torch.distributed.destroy_process_group()
 
 
+def leave(run: Callable[[], int]) -> NoReturn:
+    """End the process with the status that ``run`` returns or exits with.
+
+    One of several processes skips the teardown of Python, during which threads of torch.distributed that still let go
+    of a tensor abort it, after all work is done.
+    """
+    try:
+        status = run()
+    except SystemExit as stopped:
+        status = stopped.code or 0
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        sys.exit(status)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)
