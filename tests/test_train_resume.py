@@ -96,6 +96,29 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(folder, monkeypatch):
     assert losses(history(run.run_stage(recipe))) == losses(history(whole))
 
 
+@pytest.mark.parametrize("save_steps", [2, 3, 100])
+def test_what_is_logged_between_stops_is_what_is_logged_without(folder, monkeypatch, save_steps):
+    common = {"logging_steps": 5, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": save_steps}
+    whole = run.run_stage(make(folder, output_dir=str(folder / "whole"), **common))
+    recipe, real = make(folder, **common), run.HicoTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.HicoTrainer, "training_step", training_step)
+        with pytest.raises(SystemExit):
+            run.run_stage(recipe)
+    expected, found = (
+        [{k: v for k, v in entry.items() if "loss" in k or k == "step"} for entry in history(final) if "loss" in entry]
+        for final in (whole, run.run_stage(recipe))
+    )
+    assert [entry["step"] for entry in expected] == [5, 10]
+    assert found == expected
+
+
 def test_killed_while_saving_it_goes_on_from_the_one_before(folder, monkeypatch):
     recipe = make(folder, save_strategy="steps", save_steps=2)
     real = run.HicoTrainer._save_rng_state

@@ -35,6 +35,7 @@ DECIDED = {
     "save_only_model": "a run goes on with its optimizer",
     "auto_find_batch_size": "the order of rows follows from the batch size",
     "train_sampling_strategy": "group_by_length orders the rows",
+    "logging_nan_inf_filter": "losses are logged as they are",
     "label_smoothing_factor": "every learned token weighs the same",
     "average_tokens_across_devices": "every learned token weighs the same",
     "dataloader_drop_last": "every row is seen",
@@ -188,7 +189,7 @@ class Recipe:
 
     def trainer_settings(self) -> dict[str, Any]:
         """Return the keywords of `transformers.TrainingArguments`, with our defaults where they differ."""
-        defaults = {"logging_nan_inf_filter": False, "eval_strategy": "epoch" if self.evaluates else "no"}
+        defaults = {"eval_strategy": "epoch" if self.evaluates else "no"}
         return {**defaults, **self.arguments}
 
     @property

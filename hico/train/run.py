@@ -124,7 +124,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     if "activation_checkpointing" in {known.name for known in fields(TrainingArguments)}:
         # Newer transformers warn at the old name; drop this when only they are supported.
         settings["activation_checkpointing"] = settings.pop("gradient_checkpointing", None)
-    args = TrainingArguments(output_dir=recipe.output_dir, remove_unused_columns=False, **settings)
+    args = TrainingArguments(
+        output_dir=recipe.output_dir, remove_unused_columns=False, logging_nan_inf_filter=False, **settings
+    )
     if args.deepspeed and args.device.type == "cpu" and args.world_size > 1:
         # On CPUs accelerate 1.15 starts torch's process group but not DeepSpeed's, which ZeRO-3 needs for loading.
         import deepspeed

@@ -1,4 +1,4 @@
-"""What keeps a long run honest: bad rows counted, signals obeyed, logs that a restart does not change."""
+"""What keeps a long run honest: bad rows counted, signals obeyed, the best checkpoint found again."""
 
 import json
 import logging
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from transformers import TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer_utils import SaveStrategy
 
 from hico.train.dataset import BadRow
 from hico.train.decoding import SampleError
@@ -100,17 +99,6 @@ class StopOnSignal(TrainerCallback):
 
     def _note(self, number, frame):
         self.received = True
-
-
-class AlignLogs(TrainerCallback):
-    """Report whenever a checkpoint may be saved, so that a resumed run averages losses over the same steps."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        # With `best`, whether to save is known after the evaluation only, and logs come before it.
-        may_be_best = control.should_evaluate and args.save_strategy == SaveStrategy.BEST
-        control.should_log |= control.should_save or may_be_best
-
-    on_epoch_end = on_step_end
 
 
 class FollowBest(TrainerCallback):

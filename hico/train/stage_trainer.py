@@ -1,16 +1,19 @@
 """`StageTrainer`: `transformers.Trainer` that obeys signals and whose checkpoints are complete or absent."""
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from hico.train import checkpoint
-from hico.train.safeguards import AlignLogs, BadRows, FollowBest, StopOnSignal, locate_best, workers_end_with_training
+from hico.train.safeguards import BadRows, FollowBest, StopOnSignal, locate_best, workers_end_with_training
+
+PROGRESS = "progress.json"
 
 
 class StageTrainer(Trainer):
@@ -31,7 +34,8 @@ class StageTrainer(Trainer):
         self.stop_on_signal = StopOnSignal()
         # The parent class removes checkpoints of its own accord when training ends: also the one after a signal.
         self.save_total_limit, args.save_total_limit = args.save_total_limit, None
-        super().__init__(model, args, callbacks=[self.stop_on_signal, AlignLogs(), FollowBest()], **options)
+        self._loss_sum, self._last_logged = torch.zeros(()), 0
+        super().__init__(model, args, callbacks=[self.stop_on_signal, FollowBest()], **options)
 
     def train(self, *args, **kwargs):
         """Train; see `transformers.Trainer.train`."""
@@ -45,8 +49,44 @@ class StageTrainer(Trainer):
 
     def train_from(self, last: Path | None) -> None:
         """Train from the beginning, or go on from a checkpoint."""
-        self.bad_rows.load(last)
+        self.restore(last)
         self.train(resume_from_checkpoint=str(last) if last else None)
+
+    def restore(self, last: Path | None) -> None:
+        """Go back to what a checkpoint says of bad rows and progress, beside all that transformers restores."""
+        self.bad_rows.load(last)
+        if last is not None:
+            self.load_progress(json.loads((last / PROGRESS).read_text()))
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        """Return the loss of a micro-batch, and add it to what is logged next."""
+        loss = super().training_step(*args, **kwargs)
+        self._loss_sum = self._loss_sum + loss.detach()
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the mean loss of all steps since the last log, whether or not the run was stopped between them."""
+        if "loss" in logs:
+            logs["loss"] = self._mean_loss_sum() / (self.state.global_step - self._last_logged)
+            self._loss_sum, self._last_logged = torch.zeros(()), self.state.global_step
+        super().log(logs, start_time)
+
+    def progress(self) -> dict[str, Any]:
+        """Return what was added up since the last log; all devices ask together."""
+        return {"loss_sum": self._mean_loss_sum(), "last_logged": self._last_logged}
+
+    def load_progress(self, progress: Mapping[str, Any]) -> None:
+        """Go on adding up where a checkpoint was written."""
+        self._loss_sum, self._last_logged = torch.tensor(progress["loss_sum"]), progress["last_logged"]
+
+    def sum_over_devices(self, values: Tensor) -> Tensor:
+        """Return the sum over devices, on the CPU."""
+        if self.args.world_size == 1:
+            return values.cpu()
+        return self.accelerator.reduce(values.to(self.args.device), reduction="sum").cpu()
+
+    def _mean_loss_sum(self) -> float:
+        return self.sum_over_devices(self._loss_sum).item() / self.args.world_size
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Take the batches of one step from the loader; none if a run of ``max_steps`` is resumed after its last."""
@@ -100,7 +140,9 @@ class StageTrainer(Trainer):
                 self._staging = None
             self.bad_rows.save(staged)
             locate_best(self.args, self.state)
+            progress = self.progress()
             if self.args.should_save:
+                (staged / PROGRESS).write_text(json.dumps(progress))
                 self.state.save_to_json(str(staged / "trainer_state.json"))
         if self.args.should_save:
             checkpoint.rotate(output_dir, self.save_total_limit, keep=self.state.best_model_checkpoint)

@@ -87,13 +87,12 @@ class Meter:
         sums[1].index_add_(0, modality, torch.ones_like(losses, dtype=torch.float32))
         self._pending.append(sums)
 
-    def add_up(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return all sums over devices by their names, and begin anew."""
+    def totals(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Return all sums over devices by their names."""
         if self._pending:
             self.sums[: 2 * len(MODALITIES)] += torch.stack(self._pending).cpu().double().sum(dim=0).flatten()
-        sums = dict(zip(self.FIELDS, reduce(self.sums).tolist(), strict=True))
-        self.sums, self._pending = torch.zeros_like(self.sums), []
-        return sums
+            self._pending = []
+        return dict(zip(self.FIELDS, reduce(self.sums).tolist(), strict=True))
 
     def report(self, reduce: Callable[[Tensor], Tensor], world_size: int) -> dict[str, float]:
         """Return the figures since the last report, and begin anew.
@@ -102,7 +101,8 @@ class Meter:
             reduce: sums a tensor over devices.
             world_size: number of devices.
         """
-        sums = self.add_up(reduce)
+        sums = self.totals(reduce)
+        self.sums = torch.zeros_like(self.sums)
         figures = losses_by_modality(sums)
         seconds = sums["seconds"] / world_size
         if seconds > 0:

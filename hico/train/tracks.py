@@ -169,9 +169,10 @@ class TrackTrainer(StageTrainer):
         learner = TrackModel(model.model.encoder, tracks.classes)
         super().__init__(learner, args, bad_rows=bad_rows, train_dataset=tracks, **options)
 
-    def train_from(self, last: Path | None) -> None:
-        """Train from the beginning, or go on from a checkpoint; rows are read and counted already."""
-        self.train(resume_from_checkpoint=str(last) if last else None)
+    def restore(self, last: Path | None) -> None:
+        """Go back to a checkpoint; without one, rows are read and counted already."""
+        if last is not None:
+            super().restore(last)
 
     def save_result(self, folder: Path) -> None:
         """Write the whole model with the trained encoder, and its processor."""

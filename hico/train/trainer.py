@@ -163,16 +163,25 @@ class HicoTrainer(StageTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Report the meter beside the loss."""
         if "loss" in logs:
-            now = time.perf_counter()
-            self.meter.add(seconds=now - self._since)
-            self._since = now
-            logs |= self.meter.report(self._sum_over_devices, self.args.world_size)
+            self._take_time()
+            logs |= self.meter.report(self.sum_over_devices, self.args.world_size)
         super().log(logs, start_time)
 
-    def _sum_over_devices(self, values: Tensor) -> Tensor:
-        if self.args.world_size == 1:
-            return values
-        return self.accelerator.reduce(values.to(self.args.device), reduction="sum").cpu()
+    def progress(self) -> dict[str, Any]:
+        """See `StageTrainer.progress`."""
+        self._take_time()
+        return {**super().progress(), "meter": self.meter.totals(self.sum_over_devices)}
+
+    def load_progress(self, progress: Mapping[str, Any]) -> None:
+        """See `StageTrainer.load_progress`; the sums over devices become those of the first."""
+        super().load_progress(progress)
+        if self.args.process_index == 0:
+            self.meter.add(**progress["meter"])
+
+    def _take_time(self) -> None:
+        now = time.perf_counter()
+        self.meter.add(seconds=now - self._since)
+        self._since = now
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -189,7 +198,7 @@ class HicoTrainer(StageTrainer):
                 model(**batch, logits_to_keep=1)
             meter.add_losses(torch.cat(losses), modality[:, 1:][batch["labels"][:, 1:] != IGNORE_INDEX])
         model.train(was_training)
-        sums = meter.add_up(self._sum_over_devices)
+        sums = meter.totals(self.sum_over_devices)
         losses, counts = (sum(value for key, value in sums.items() if key.startswith(k)) for k in ("loss_", "count_"))
         metrics = {f"{metric_key_prefix}_loss": losses / max(counts, 1)}
         metrics |= losses_by_modality(sums, f"{metric_key_prefix}_")
