@@ -427,3 +427,15 @@ def test_a_checkpoint_of_other_sizes_is_refused(folder):
     (folder / "wide/config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="other sizes"):
         trainer_for(make(folder, model=str(folder / "wide")))
+
+
+@pytest.mark.slow
+def test_tensorboard_gets_losses_by_modality(folder):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trainer = train(make(folder, report_to="tensorboard", max_steps=3, eval_fraction=0.25))
+    (events,) = Path(trainer.args.output_dir).rglob("events.out.*")
+    found = accumulator.EventAccumulator(str(events))
+    found.Reload()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert [event.value for event in found.Scalars("train/loss")] == pytest.approx(logged)
+    assert {"train/loss_video", "train/tokens_per_second", "eval/loss"} <= set(found.Tags()["scalars"])
