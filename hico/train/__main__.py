@@ -57,7 +57,10 @@ def _dry_run(recipes, world_size: int) -> int:
             check_recipe(recipe)
             prepared = prepare(recipe, start=config)
             config = prepared.config
-            print(dry_run(recipe, prepared, world_size=world_size) + "\n")
+            print(dry_run(recipe, prepared, world_size=world_size) + "\n", flush=True)
+        except BrokenPipeError:  # whoever reads has seen enough; Python would flush once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         except BAD_INPUT as error:
             _complain(error, f"stage {recipe.name}: " if len(recipes) > 1 else "")
             num_bad += 1
