@@ -76,7 +76,7 @@ class HicoProcessor(ProcessorMixin):
         ReadSettings.of(self.video)
         write_time_message(time_message, duration=0.0, seconds=[])
         self.time_message = time_message
-        self.image_tiling = image_tiling
+        self.image_tiling = image_tiling if isinstance(image_tiling, str) else [tuple(grid) for grid in image_tiling]
 
     @classmethod
     def from_config(cls, config: HicoConfig, tokenizer, **settings: Any) -> "HicoProcessor":

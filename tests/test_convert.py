@@ -221,6 +221,17 @@ def test_settings_of_the_processor_that_the_published_layout_lacks_are_reported(
     ]
 
 
+@pytest.mark.parametrize("tiling", ["single", "unires", [(2, 1), (1, 3)]])
+def test_the_tiling_of_the_processor_survives_a_round_trip(flash, tmp_path, tiling):
+    convert(flash, tmp_path / "hico")
+    processor = HicoProcessor.from_pretrained(tmp_path / "hico")
+    processor.image_tiling = tiling
+    processor.save_pretrained(tmp_path / "hico")
+    assert not convert(tmp_path / "hico", tmp_path / "published", to="published").notes
+    again = HicoProcessor.from_pretrained(tmp_path / "published").image_tiling
+    assert again == tiling
+
+
 @pytest.mark.parametrize("stored", [True, False])
 def test_tied_embeddings_are_stored_once(tmp_path, stored):
     llm = tiny_llm(tie_word_embeddings=True)

@@ -113,12 +113,16 @@ def _to_published(source: Source, target: Path) -> Report:
     if source.kind != HICO:
         raise ValueError(f"{source.path} ({source.kind}) is not in our layout; convert it to hico first")
     config = HicoConfig.from_pretrained(source.path)
-    system, settings = export_config(config)
+    tokenizer = load_llm_tokenizer(str(source.path))
+    has_processor = tokenizer is not None and (source.path / "processor_config.json").is_file()
+    processor = HicoProcessor.from_pretrained(source.path) if has_processor else None
+    system, settings = export_config(config, image_tiling=processor and processor.image_tiling)
     rename = partial(to_published, system=system, encoder=config.encoder["name"])
     plan = make_plan(source.shards(rename), Expected.of(config).renamed(rename))
     _check_tied(plan, open_shard)
-    tokenizer = load_llm_tokenizer(str(source.path))
-    notes = _lost_settings(source, translate(settings).processor) if tokenizer else [_NO_TOKENIZER]
+    notes = [] if tokenizer else [_NO_TOKENIZER]
+    if processor:
+        notes += _lost_settings(processor, translate(settings).processor)
     with whole_folder(target) as folder:
         write_weights(folder, plan.moves, open_shard)
         _copy_generation_config(source.path, folder)
@@ -128,11 +132,8 @@ def _to_published(source: Source, target: Path) -> Report:
     return Report(f"{source.path} ({HICO})", target, plan, notes=notes)
 
 
-def _lost_settings(source: Source, published: dict[str, Any]) -> list[str]:
-    """Name the settings of the processor that are others once its model is ``published``."""
-    if not (source.path / "processor_config.json").is_file():
-        return []
-    processor = HicoProcessor.from_pretrained(source.path)
+def _lost_settings(processor: HicoProcessor, published: dict[str, Any]) -> list[str]:
+    """Name the settings of a processor that are others once its model is ``published``."""
     return [
         f"the published layout has no place for the processor's {name} {getattr(processor, name)!r}; "
         f"read from there, it is {value!r}"

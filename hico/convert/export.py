@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from hico.configuration_hico import HicoConfig
-from hico.grids import anyres_grids, unires_grids
 from hico.llm_dropout import DropSchedule
+from hico.processing_hico import IMAGE_GRIDS
 from hico.published import LONGVA, SIZE_NAMES, SIZES_KEY, TEXT_KEYS, TOWERS, VIDEOCHAT_FLASH
 from hico.registry import COMPRESSORS, ENCODERS
 
@@ -15,8 +15,14 @@ _CLIP_LENS = {"internvideo2": 4}
 _CONTEXT = {"transformers_version": "4.40.1", "tokenizer_padding_side": "right"}
 
 
-def export_config(config: HicoConfig) -> tuple[str, dict[str, Any]]:
+def export_config(
+    config: HicoConfig, *, image_tiling: str | Sequence[tuple[int, int]] | None = None
+) -> tuple[str, dict[str, Any]]:
     """Write a configuration as a published system would.
+
+    Args:
+        config: of the model.
+        image_tiling: of its processor; that of the system if omitted.
 
     Returns:
         The system and the content of its ``config.json``.
@@ -30,6 +36,7 @@ def export_config(config: HicoConfig) -> tuple[str, dict[str, Any]]:
     if config.text_config.model_type != "qwen2":
         raise ValueError(f"the published systems run over Qwen2, not {config.text_config.model_type!r}")
     system, settings = _WRITERS[compressor](config)
+    settings |= _tiling_keys(config, _TILINGS[system], image_tiling)
     return system, {**_text_keys(config), **settings, **_CONTEXT}
 
 
@@ -129,8 +136,6 @@ def _videochat_flash(config: HicoConfig) -> tuple[str, dict[str, Any]]:
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "vision_encode_type": "video_image",
-        "image_aspect_ratio": "anyres_nopad",
-        "image_grid_pinpoints": _pinpoints(config, anyres_grids()),
         "frame_aspect_ratio": "square",
         "use_mm_proj": True,
     }
@@ -155,16 +160,23 @@ def _longva(config: HicoConfig) -> tuple[str, dict[str, Any]]:
         "mm_spatial_pool_stride": pooling["stride"] or 2,
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
-        "image_aspect_ratio": "anyres",
-        "image_grid_pinpoints": _pinpoints(config, unires_grids()),
     }
 
 
-def _pinpoints(config: HicoConfig, grids: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Write grids ``(columns, rows)`` of tiles as sizes in pixels."""
+def _tiling_keys(
+    config: HicoConfig, usual: tuple[str, str], image_tiling: str | Sequence[tuple[int, int]] | None
+) -> dict[str, Any]:
+    """Write grids ``(columns, rows)`` of tiles as sizes in pixels, or that images are not tiled."""
+    aspect_ratio, tiling = usual[0], usual[1] if image_tiling is None else image_tiling
+    if tiling == "single":
+        return {"image_aspect_ratio": "square"}
+    grids = IMAGE_GRIDS[tiling]() if isinstance(tiling, str) else tiling
     side = _settings(ENCODERS, config.encoder)["image_size"]
-    return [[columns * side, rows * side] for columns, rows in grids]
+    pinpoints = [[columns * side, rows * side] for columns, rows in grids]
+    return {"image_aspect_ratio": aspect_ratio, "image_grid_pinpoints": pinpoints}
 
 
+_TILINGS = {VIDEOCHAT_FLASH: ("anyres_nopad", "anyres_nopad"), LONGVA: ("anyres", "unires")}
+"""System -> what it calls tiles of any number, and the tiling of its releases."""
 _WRITERS = {"token_merge": _videochat_flash, "pooling": _longva}
 """Compressor -> the system that has it."""
