@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_corpus import history, losses, make, train, trainer_for, weights
+from train_corpus import history, losses, make, train, trainer_for, weights, write_model
 
 from hico import HicoForConditionalGeneration, cli
 from hico.train import run
@@ -313,6 +313,24 @@ def test_a_stage_is_planned_with_what_the_stages_before_change(folder):
         {"name": "pooling", "stride": 3},
         merging,
     ]
+
+
+def test_a_stage_is_planned_with_the_drop_schedule_of_the_stages_before(folder):
+    dropping = make(folder, drop_schedule="uniform@1:0.5", model_config={"drop_options": {"queries": "last_prompt"}})
+    off, packing = make(folder, drop_schedule="none"), make(folder, packing=True, max_tokens_per_batch=4096)
+    config = prepare(dropping).config
+    assert (config.drop_schedule, config.drop_options) == ("uniform@1:0.5", {"queries": "last_prompt"})
+    with pytest.raises(ValueError, match="packing cannot be combined"):
+        prepare(packing, start=config)
+    config = prepare(packing, start=prepare(off, start=config).config).config
+    assert (config.drop_schedule, config.drop_options) == (None, None)
+
+
+def test_a_chain_may_pack_once_a_stage_has_switched_the_drop_schedule_off(folder):
+    write_model(folder / "dropping", drop_schedule="uniform@1:0.5")
+    off = make(folder, model=str(folder / "dropping"), drop_schedule="none", max_steps=1)
+    packing = {"model": str(folder / "out/final"), "packing": True, "max_tokens_per_batch": 4096, "max_steps": 1}
+    assert is_complete(run.run_chain([off, make(folder, output_dir=str(folder / "second"), **packing)]))
 
 
 def test_a_dry_run_says_what_would_be_done(folder, capsys):

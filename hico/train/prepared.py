@@ -143,6 +143,10 @@ def load_config(recipe: Recipe, start: HicoConfig | None = None) -> tuple[HicoCo
         config = HicoConfig.from_dict(_merged(config.to_dict(), changes))
     except TypeError as error:
         raise ValueError(f"model_config {recipe.model_config} does not describe a model: {error}") from error
+    if recipe.drop_schedule is not None:
+        schedule = read_schedule(recipe, config)
+        config.drop_schedule = str(schedule) if schedule else None
+        config.drop_options = recipe.model_config.get("drop_options")
     processor.vision, processor.time_message = config.vision, recipe.time_message
     return config, processor
 

@@ -96,8 +96,6 @@ def make_trainer(recipe: Recipe, args: TrainingArguments, prepared: Prepared) ->
     if recipe.lora is not None:
         model = add_lora(model, recipe.lora, trainable=recipe.trainable)
     freeze(model, recipe.trainable)
-    if recipe.drop_schedule is not None:
-        unwrapped(model).set_drop_schedule(prepared.schedule)
     eval_dataset = prepared.eval_mixture and TrainingRows(
         prepared.eval_mixture, prepared.processor, recipe, seed=args.seed
     )
