@@ -119,6 +119,44 @@ def test_what_is_logged_between_stops_is_what_is_logged_without(folder, monkeypa
     assert found == expected
 
 
+BEST = {"save_strategy": "best", "metric_for_best_model": "eval_loss", "greater_is_better": True}
+
+
+@pytest.mark.parametrize("stop", [4, 7])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"logging_strategy": "epoch"},
+        {"logging_strategy": "epoch", "save_strategy": "steps", "save_steps": 5},
+        {"logging_strategy": "epoch", "save_strategy": "epoch"},
+        {"logging_steps": 3, "save_strategy": "epoch", "eval_strategy": "epoch"},
+        {"logging_steps": 3, "eval_strategy": "epoch", **BEST},
+        {"logging_steps": 3, "eval_strategy": "steps", "eval_steps": 1, **BEST},
+        {"logging_steps": 3, "max_steps": 8, "eval_strategy": "epoch"},
+    ],
+)
+def test_what_ends_an_epoch_is_logged_once_wherever_it_is_stopped(folder, monkeypatch, changes, stop):
+    common = {"num_train_epochs": 2, "eval_fraction": 0.2, **changes}
+    whole = run.run_stage(make(folder, output_dir=str(folder / "whole"), **common))
+    recipe, real = make(folder, **common), run.HicoTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.HicoTrainer, "training_step", training_step)
+        with pytest.raises(SystemExit):
+            run.run_stage(recipe)
+    assert checkpoints(Path(recipe.output_dir))[-1].name == f"checkpoint-{stop + 1}"
+    expected, found = (
+        [{k: v for k, v in entry.items() if k in ("step", "loss", "eval_loss")} for entry in history(final)][:-1]
+        for final in (whole, run.run_stage(recipe))
+    )
+    assert found == expected
+
+
 def test_killed_while_saving_it_goes_on_from_the_one_before(folder, monkeypatch):
     recipe = make(folder, save_strategy="steps", save_steps=2)
     real = run.HicoTrainer._save_rng_state

@@ -73,10 +73,15 @@ class BadRows:
 
 
 class StopOnSignal(TrainerCallback):
-    """On SIGTERM, finish the step, save a checkpoint and stop."""
+    """On SIGTERM, finish the step, save a checkpoint and stop.
+
+    What is logged and evaluated at the end of an epoch belongs to the epoch's last checkpoint, which is written after
+    it, and is left out where an epoch is only interrupted: the run that goes on does it.
+    """
 
     def __init__(self):
-        self.received = False
+        self.received = self.is_stopping = False
+        self._ends_epoch = self._save_is_due = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -87,10 +92,22 @@ class StopOnSignal(TrainerCallback):
         finally:
             signal.signal(signal.SIGTERM, previous)
 
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._ends_epoch = self._save_is_due = False
+
     def on_step_end(self, args, state, control, **kwargs):
-        if self.agree(args):
+        self.is_stopping = self.agree(args)
+        if self.is_stopping:
             logger.warning("SIGTERM received: saving a checkpoint at step %d, then stopping", state.global_step)
             control.should_save = control.should_training_stop = True
+        self._ends_epoch = state.epoch == int(state.epoch) or state.global_step >= state.max_steps
+        self._save_is_due = self._ends_epoch and control.should_save
+        control.should_save &= not self._save_is_due
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_save |= self._save_is_due
+        if not self._ends_epoch:
+            control.should_log = control.should_evaluate = control.should_save = False
 
     def agree(self, args: TrainingArguments) -> bool:
         """Say whether any device received the signal; all of them ask together, and know it from then on."""

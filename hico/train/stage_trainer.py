@@ -129,6 +129,10 @@ class StageTrainer(Trainer):
         if self.is_done:  # and not stopped by a signal, after which the time is short
             super()._load_best_model()
 
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        # With save_strategy `best` the answer alone decides whether to save, and a run that stops must.
+        return super()._determine_best_metric(metrics, trial) or self.stop_on_signal.is_stopping
+
     def _save_checkpoint(self, model, trial) -> None:
         step, output_dir = self.state.global_step, Path(self.args.output_dir)
         locate_best(self.args, self.state)
