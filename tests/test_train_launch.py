@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,26 @@ def test_the_job_is_requeued_if_it_was_stopped_and_not_if_it_failed(tmp_path, en
         f"{rank}/2 local {rank} at node1:29500 cpus 12: -m hico.train --config r.yaml --seed 3" for rank in (0, 1)
     ]
     assert log == tasks + ["requeue 7"] * requeued
+
+
+LEAVE = """
+import atexit, sys
+from hico.train.__main__ import leave
+def run():
+    print("begun")
+    {end}
+atexit.register(print, "cleaned up")
+leave(run)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "said"), [("return 1", 1, ""), ("sys.exit(143)", 143, ""), ("1 / 0", 1, "ZeroDivisionError")]
+)
+def test_a_launched_process_ends_with_its_status_and_all_it_said(end, status, said):
+    command = [sys.executable, "-c", LEAVE.format(end=end)]
+    done = subprocess.run(
+        command, env={**os.environ, "RANK": "0"}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (status, "begun\ncleaned up\n")
+    assert said in done.stderr

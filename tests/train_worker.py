@@ -95,17 +95,13 @@ def main(recipe_file, result):
         return trainer
 
     run.make_trainer = make_trainer
-    try:
-        final = run.run_stage(recipe)
-        if made[0].args.process_index == 0:
-            losses = [entry["loss"] for entry in made[0].state.log_history if "loss" in entry]
-            sharded = made[0].is_fsdp_enabled
-            found = {"losses": losses, "gradients": record.gradients, "final": str(final), "sharded": sharded}
-            torch.save(found, result)
-        return 0
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    final = run.run_stage(recipe)
+    if made[0].args.process_index == 0:
+        losses = [entry["loss"] for entry in made[0].state.log_history if "loss" in entry]
+        sharded = made[0].is_fsdp_enabled
+        found = {"losses": losses, "gradients": record.gradients, "final": str(final), "sharded": sharded}
+        torch.save(found, result)
+    return 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import atexit
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -31,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         recipes = load_recipes(args.config, parse_overrides(rest))
         if not args.dry_run:
-            _train(recipes)
+            from hico.train.run import run_chain
+
+            run_chain(recipes)
             return 0
         if args.world_size is not None and args.world_size < 1:
             raise ValueError(f"world_size is {args.world_size}; plan for at least 1 device")
@@ -71,28 +74,24 @@ def _complain(error: Exception, where: str = "") -> None:
     print(f"hico.train: {where}{' '.join(str(error).split())}", file=sys.stderr)
 
 
-def _train(recipes) -> None:
-    from hico.train.run import run_chain
-
-    try:
-        run_chain(recipes)
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-
 def leave(run: Callable[[], int]) -> NoReturn:
     """End the process with the status that ``run`` returns or exits with.
 
-    One of several processes skips the teardown of Python, during which threads of torch.distributed that still let go
-    of a tensor abort it, after all work is done.
+    A process that a launcher started skips the teardown of Python, during which threads of torch.distributed that
+    still let go of a tensor abort it, after all work is done.
     """
+    if "RANK" not in os.environ:
+        sys.exit(run())
     try:
         status = run()
     except SystemExit as stopped:
         status = stopped.code or 0
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        sys.exit(status)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    # Gloo would wait for such a thread while that waits for Python's lock.
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() != "gloo":
+        torch.distributed.destroy_process_group()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
