@@ -26,11 +26,24 @@ class Killed(Exception):
 
 def killed_after(step, monkeypatch):
     """Let a run die in the step after ``step``, as abruptly as a test can."""
+
+    def kill():
+        raise Killed
+
+    call_after(step, kill, monkeypatch)
+
+
+def signalled_after(step, monkeypatch):
+    """Send SIGTERM in the step after ``step``."""
+    call_after(step, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
+
+
+def call_after(step, function, monkeypatch):
     real = run.HicoTrainer.training_step
 
     def training_step(self, *args, **kwargs):
         if self.state.global_step == step:
-            raise Killed
+            function()
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(run.HicoTrainer, "training_step", training_step)
@@ -79,15 +92,9 @@ def test_what_was_consumed_is_not_read_again(folder, monkeypatch):
 
 def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(folder, monkeypatch):
     whole = run.run_stage(make(folder, output_dir=str(folder / "whole")))
-    recipe, real = make(folder), run.HicoTrainer.training_step
-
-    def training_step(self, *args, **kwargs):
-        if self.state.global_step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, *args, **kwargs)
-
+    recipe = make(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(run.HicoTrainer, "training_step", training_step)
+        signalled_after(2, patch)
         with pytest.raises(SystemExit) as stopped:
             run.run_stage(recipe)
     assert stopped.value.code == run.STOPPED
@@ -100,15 +107,9 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(folder, monkeypatch):
 def test_what_is_logged_between_stops_is_what_is_logged_without(folder, monkeypatch, save_steps):
     common = {"logging_steps": 5, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": save_steps}
     whole = run.run_stage(make(folder, output_dir=str(folder / "whole"), **common))
-    recipe, real = make(folder, **common), run.HicoTrainer.training_step
-
-    def training_step(self, *args, **kwargs):
-        if self.state.global_step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, *args, **kwargs)
-
+    recipe = make(folder, **common)
     with monkeypatch.context() as patch:
-        patch.setattr(run.HicoTrainer, "training_step", training_step)
+        signalled_after(6, patch)
         with pytest.raises(SystemExit):
             run.run_stage(recipe)
     expected, found = (
@@ -138,15 +139,9 @@ BEST = {"save_strategy": "best", "metric_for_best_model": "eval_loss", "greater_
 def test_what_ends_an_epoch_is_logged_once_wherever_it_is_stopped(folder, monkeypatch, changes, stop):
     common = {"num_train_epochs": 2, "eval_fraction": 0.2, **changes}
     whole = run.run_stage(make(folder, output_dir=str(folder / "whole"), **common))
-    recipe, real = make(folder, **common), run.HicoTrainer.training_step
-
-    def training_step(self, *args, **kwargs):
-        if self.state.global_step == stop:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, *args, **kwargs)
-
+    recipe = make(folder, **common)
     with monkeypatch.context() as patch:
-        patch.setattr(run.HicoTrainer, "training_step", training_step)
+        signalled_after(stop, patch)
         with pytest.raises(SystemExit):
             run.run_stage(recipe)
     assert checkpoints(Path(recipe.output_dir))[-1].name == f"checkpoint-{stop + 1}"
@@ -201,18 +196,12 @@ def test_other_data_are_refused_on_resuming(folder, monkeypatch):
 def test_a_run_stopped_after_its_last_step_trains_no_further(folder, monkeypatch, stop):
     common = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "dataloader_num_workers": 1}
     whole = run.run_stage(make(folder, output_dir=str(folder / "whole"), **common))
-    recipe, real = make(folder, **common), run.HicoTrainer.training_step
-
-    def training_step(self, *args, **kwargs):
-        if self.state.global_step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, *args, **kwargs)
-
+    recipe = make(folder, **common)
     with monkeypatch.context() as patch:
         if stop == "kill":
             patch.setattr(run.HicoTrainer, "save_final", lambda self: (_ for _ in ()).throw(Killed))
         else:
-            patch.setattr(run.HicoTrainer, "training_step", training_step)
+            signalled_after(3, patch)
         with pytest.raises((Killed, SystemExit)):
             run.run_stage(recipe)
     assert [path.name for path in checkpoints(Path(recipe.output_dir))][-1] == "checkpoint-4"

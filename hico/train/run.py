@@ -39,7 +39,7 @@ def run_chain(recipes: Sequence[Recipe]) -> Path:
     """
     for recipe in recipes:
         check_recipe(recipe)
-    if not any(Path(recipe.output_dir).is_dir() for recipe in recipes):
+    if recipes[1:] and not any(Path(recipe.output_dir).is_dir() for recipe in recipes):
         config, _ = load_config(recipes[0])
         for recipe in recipes[1:]:
             config = prepare(replace(recipe, model=recipes[0].model), start=config, is_first=_is_first()).config
