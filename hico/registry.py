@@ -100,9 +100,9 @@ COMPRESSORS = Registry(
 DROP_POLICIES = Registry(
     "drop policy",
     {
-        "uniform": "hico.llm_dropout.uniform:UniformPolicy",
-        "attention": "hico.llm_dropout.attention:AttentionPolicy",
-        "random": "hico.llm_dropout.random:RandomPolicy",
-        "none": "hico.llm_dropout.none:NonePolicy",
+        "uniform": "hico.llm_dropout.policies:UniformPolicy",
+        "attention": "hico.llm_dropout.policies:AttentionPolicy",
+        "random": "hico.llm_dropout.policies:RandomPolicy",
+        "none": "hico.llm_dropout.policies:NonePolicy",
     },
 )

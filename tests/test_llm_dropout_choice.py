@@ -53,7 +53,6 @@ def test_scores_are_averaged_over_the_query_rows(queries, side):
     expected_rows = {
         "last_prompt": [[30], [16]],
         "before_answers": [[18, 24, 30], [16]],
-        "auto": [[18, 24, 30], [16]],
         "published": [[18, 24, 30, 34], []],
         "all_text": [[1, 2, 3, 4, 20, 21, 22, 29, 30, 33, 34], [0, 1, 2, *range(9, 17)]],
     }[queries]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from dropout_reference import (
     WIDTH,
     build,
@@ -41,12 +42,60 @@ def test_rotary_embeddings_that_depend_on_the_length_keep_positions():
     patch(model, "uniform@1:0.5", positions="keep")
 
 
-def test_decoders_without_the_parts_for_scoring_are_refused():
-    model = build()
-    del model.model.layers[1].self_attn.q_proj
-    with pytest.raises(ValueError, match="lacks q_proj, which scoring by attention needs"):
-        patch(model, "attention@1:0.5")
-    patch(model, "uniform@1:0.5")
+@torch.no_grad()
+def test_attention_that_cannot_be_read_is_refused():
+    class Outside(torch.nn.Module):
+        def forward(self, hidden_states, **kwargs):
+            return hidden_states, None
+
+    class Biased(type(build().model.layers[1].self_attn)):
+        def forward(self, hidden_states, attention_mask=None, **kwargs):
+            return super().forward(hidden_states=hidden_states, attention_mask=torch.zeros(1, 1, 1, 1), **kwargs)
+
+    batch = prompt([4, 12, 3])
+    outside, biased = build(), build()
+    outside.model.layers[1].self_attn = Outside()
+    biased.model.layers[1].self_attn.__class__ = Biased
+    for model, words in (
+        (outside, "computes attention outside transformers' AttentionInterface"),
+        (biased, "attends by attention_mask too"),
+    ):
+        with patch(model, "attention@1:0.5"), pytest.raises(ValueError, match=words):
+            model(**batch.inputs)
+        with patch(model, "uniform@1:0.5"):
+            assert model(**batch.inputs).logits.shape[1] == 13
+
+
+@torch.no_grad()
+def test_decoders_that_hand_on_otherwise_are_refused():
+    """What a rename in transformers would do: refuse, and never go on."""
+
+    class Renamed(type(build().model.layers[0])):
+        def forward(self, hidden_states, mask=None, position_embeddings=None, **kwargs):
+            return super().forward(hidden_states, position_embeddings=position_embeddings, **kwargs)
+
+    class Backwards(torch.nn.ModuleList):
+        def __getitem__(self, index):
+            return [*self][::-1] if isinstance(index, slice) else super().__getitem__(index)
+
+    batch = prompt([4, 12, 3])
+    renamed, looped, deaf, hidden = build(), build(), build(), build()
+    renamed.model.layers[2].__class__ = Renamed
+    with pytest.raises(ValueError, match=f"Renamed of transformers {transformers.__version__} takes mask"):
+        patch(renamed, "uniform@1:0.5")
+    looped.model.layers = Backwards(looped.model.layers)
+    with patch(looped, "uniform@1:0.5"), pytest.raises(ValueError, match="runs its layers in another order"):
+        looped(**batch.inputs)
+    inner = deaf.model.forward
+    deaf.model.forward = lambda inputs_embeds, **kwargs: inner(inputs_embeds=inputs_embeds)
+    with patch(deaf, "uniform@1:0.5"), pytest.raises(ValueError, match="does not hand its keyword arguments to every"):
+        deaf(**batch.inputs)
+    around = hidden.model.forward
+    hidden.model.forward = lambda **kwargs: around(
+        **{name: value for name, value in kwargs.items() if not name.startswith("drop_")}
+    )
+    with patch(hidden, "uniform@1:0.5"), pytest.raises(ValueError, match="does not hand its keyword arguments"):
+        hidden(**batch.inputs)
 
 
 @torch.no_grad()
@@ -67,7 +116,7 @@ def test_calls_that_do_not_fit_are_refused():
             use_cache=False,
         )
     with pytest.raises(ValueError, match="expected 0 for text"):
-        model(**{**batch.inputs, "visual_mask": -batch.visual_mask})
+        model(**{**batch.inputs, "visual_mask": -2 * batch.visual_mask})
 
 
 @torch.no_grad()

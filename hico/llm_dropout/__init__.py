@@ -26,9 +26,9 @@ shift_labels = plan.shift_labels(labels) if plan is not None else None
 ```
 """
 
-from hico.llm_dropout.base import DropPolicy
 from hico.llm_dropout.patch import DropHandle, add_visual_mask, find_handle, patch
 from hico.llm_dropout.plan import DropPlan
+from hico.llm_dropout.policies import DropPolicy
 from hico.llm_dropout.schedule import DropSchedule, DropStage
 
 __all__ = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,35 +11,44 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 @dataclass(frozen=True)
 class Held:
-    """What a cache layer, and those after it up to the next stage, hold of the full sequence.
+    """What a cache layer, and those after it up to the next stage, hold of the tokens seen so far.
 
     Args:
-        columns_BM: positions in the full sequence, -1 at padding.
+        real_BM: bool, one for each cached token: False where a row is padded.
         dropped_B: tokens of each row that are missing.
-        num_seen: length of the full sequence that this describes.
-        padded: whether there is a -1.
+        num_seen: tokens seen so far, dropped and padded ones included.
+        padded: whether there is a False.
     """
 
-    columns_BM: Tensor
+    real_BM: Tensor
     dropped_B: Tensor
     num_seen: int
     padded: bool
 
     def select(self, rows: Tensor) -> Held:
         """Return what other rows hold, as beam search asks."""
-        rows = rows.to(self.columns_BM.device)
-        return replace(self, columns_BM=self.columns_BM[rows], dropped_B=self.dropped_B[rows])
+        rows = rows.to(self.real_BM.device)
+        return replace(self, real_BM=self.real_BM[rows], dropped_B=self.dropped_B[rows])
 
-    def extend(self, num_seen: int) -> Held:
+    def extend(self, real_BN: Tensor) -> Held:
         """Return the same after more tokens came, of which none was dropped."""
-        more = torch.arange(self.num_seen, num_seen, device=self.columns_BM.device).expand(len(self.columns_BM), -1)
-        return replace(self, columns_BM=torch.cat([self.columns_BM, more], 1), num_seen=num_seen)
+        return replace(self, real_BM=torch.cat([self.real_BM, real_BN], 1), num_seen=self.num_seen + real_BN.shape[1])
 
 
 class _RemembersTokens:
-    """Keep `held` in step with the keys and values when rows move."""
+    """Keep `held` in step with the keys and values when rows move, and be filled by a patched decoder only."""
 
     held: Held | None = None
+    awaits_update = False
+
+    def update(self, key_states: Tensor, *args, **kwargs):
+        if self.held is not None and not self.awaits_update:
+            raise RuntimeError(
+                "tokens were dropped when this cache was filled, and the model that continues it drops none; continue "
+                "with the schedule that filled it, or start a new cache"
+            )
+        self.awaits_update = False
+        return super().update(key_states, *args, **kwargs)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -53,8 +61,7 @@ class _RemembersTokens:
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         if self.held is not None:
-            rows = torch.arange(len(self.held.columns_BM)).repeat_interleave(repeats)
-            self.held = self.held.select(rows)
+            self.held = self.held.select(torch.arange(len(self.held.real_BM)).repeat_interleave(repeats))
 
     def reset(self) -> None:
         super().reset()
@@ -83,72 +90,78 @@ def holds_less(cache: Cache | None) -> bool:
     return cache is not None and any(getattr(layer, "held", None) is not None for layer in cache.layers)
 
 
-def check_cache(cache: Cache, stage_layers: Collection[int], num_layers: int) -> None:
-    """Check that a cache can go on with a schedule.
+def check_layers(cache: Cache | None) -> None:
+    """Raise ``ValueError`` if the layers of a cache cannot differ in length."""
+    for layer in [] if cache is None else cache.layers:
+        _short_type(cache, layer)
+
+
+def read_held(cache: Cache | None, stage_layers: list[int], num_layers: int, mask: Tensor | None) -> list[Held | None]:
+    """Read what the layers hold at which a schedule drops.
 
     Args:
-        cache: empty or filled.
-        stage_layers: layers at which the schedule drops.
+        cache: empty or filled, or None.
+        stage_layers: those layers.
         num_layers: of the decoder.
+        mask: bool ``(B, seen + S)``, False at padding, or None.
+
+    Returns:
+        One entry per stage; None where all tokens are held.
 
     Raises:
-        ValueError: if the layers of the cache cannot differ in length.
-        RuntimeError: if it was filled with another schedule, or by a call that failed half way.
+        RuntimeError: if the cache was filled by another schedule or by a call that failed half way, or was cut back
+            into a call that dropped tokens.
     """
+    if cache is None:
+        return [None] * len(stage_layers)
+    num_seen, found = cache.get_seq_length(), []
     for index, layer in enumerate(cache.layers):
-        _short_type(cache, layer)
         if getattr(layer, "held", None) is not None and index not in stage_layers:
             raise RuntimeError(
                 f"tokens were dropped at layer {index} when the cache was filled, and this schedule drops none there; "
                 "continue a cache with the schedule that filled it"
             )
-    for index in set(range(1, num_layers)) - set(stage_layers):
-        before, length = (cache.get_seq_length(layer) for layer in (index - 1, index))
-        if length != before:
+    expected = num_seen
+    for index in range(num_layers):
+        if index in stage_layers:
+            held = getattr(cache.layers[index], "held", None) if index < len(cache.layers) else None
+            if held is not None and num_seen < held.num_seen:
+                raise RuntimeError(
+                    f"the cache was cut back to {num_seen} tokens, into the {held.num_seen} of a call that dropped "
+                    f"some at layer {index}; cut off later tokens only, or start a new cache"
+                )
+            if held is not None:
+                shape = len(held.real_BM), num_seen - held.num_seen
+                more = torch.ones(shape, dtype=torch.bool, device=held.real_BM.device)
+                held = held.extend(more if mask is None else mask[:, held.num_seen : num_seen].to(more.device))
+            expected = num_seen if held is None else held.real_BM.shape[1]
+            found.append(held)
+        if cache.get_seq_length(index) != expected:
             raise RuntimeError(
-                f"layer {index} of the cache holds {length} tokens and layer {index - 1} holds {before}; the call "
-                "that filled it failed half way: start a new cache"
+                f"layer {index} of the cache holds {cache.get_seq_length(index)} tokens and should hold {expected}, "
+                f"since layer 0 holds {num_seen}; the call that filled it failed half way, or followed another "
+                "schedule: start a new cache"
             )
+    return found
 
 
-def read_held(cache: Cache, layer_index: int) -> Held | None:
-    """Return what a layer holds of the tokens seen so far, or None if it holds them all.
+def await_update(cache: Cache, layer_index: int, held: Held | None) -> None:
+    """Let a layer take the keys and values of one call, and remember what it will hold then if that is less.
 
-    Raises:
-        RuntimeError: if the layer's length does not fit, as after a call that failed half way, or the cache was cut
-            back into a call that dropped tokens.
-    """
-    num_seen = cache.get_seq_length()
-    length = cache.get_seq_length(layer_index)
-    held = getattr(cache.layers[layer_index], "held", None) if layer_index < len(cache.layers) else None
-    if held is not None and num_seen < held.num_seen:
-        raise RuntimeError(
-            f"the cache was cut back to {num_seen} tokens, into the {held.num_seen} of a call that dropped some at "
-            f"layer {layer_index}; cut off later tokens only, or start a new cache"
-        )
-    expected = num_seen if held is None else held.columns_BM.shape[1] + num_seen - held.num_seen
-    if length != expected:
-        raise RuntimeError(
-            f"layer {layer_index} of the cache holds {length} tokens and should hold {expected}, since layer 0 holds "
-            f"{num_seen}; the call that filled it failed half way, or followed another schedule: start a new cache"
-        )
-    return held and held.extend(num_seen)
-
-
-def write_held(cache: Cache, layer_index: int, held: Held) -> None:
-    """Let a layer remember what it is about to hold, beside the keys and values that it has.
-
-    Raises:
-        ValueError: if the layer cannot differ in length from others.
+    Args:
+        cache: of the call.
+        layer_index: where a schedule drops.
+        held: what the layer and its followers hold after the call; None to leave it as it is.
     """
     while len(cache.layers) <= layer_index:
         cache.layers.append(cache.layer_class_to_replicate())
-    old = cache.layers[layer_index]
-    short_type = _short_type(cache, old)
-    layer = short_type.__new__(short_type)
-    layer.__dict__.update(old.__dict__)
-    layer.held = held
-    cache.layers[layer_index] = layer
+    layer = cache.layers[layer_index]
+    if held is not None:
+        short_type = _short_type(cache, layer)
+        short = short_type.__new__(short_type)
+        short.__dict__ |= layer.__dict__ | {"held": held}
+        cache.layers[layer_index] = layer = short
+    layer.awaits_update = True
 
 
 def _short_type(cache: Cache, layer: object) -> type:

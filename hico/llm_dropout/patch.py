@@ -7,14 +7,16 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from hico.compat import UnsupportedDecoder, arguments, check_decoder, find_cache, replace_loss_function
 from hico.llm_dropout.cache import holds_less
 from hico.llm_dropout.plan import POSITIONS, DropPlan, DropRules
 from hico.llm_dropout.queries import QUERY_ROWS
 from hico.llm_dropout.schedule import DropSchedule
-from hico.llm_dropout.scoring import check_scorable
 from hico.llm_dropout.survivors import SCOPES
+from hico.ops.dropping import span_ids
 from hico.registry import DROP_POLICIES
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -26,7 +28,7 @@ def patch(
     schedule: str | list | DropSchedule | None,
     *,
     positions: str = "renumber",
-    queries: str = "auto",
+    queries: str = "before_answers",
     scope: str = "span",
     seed: int = 0,
 ) -> DropHandle:
@@ -40,10 +42,10 @@ def patch(
         schedule: see `DropSchedule.parse`.
         positions: "renumber" closes the gaps that dropped tokens leave, as published; "keep" leaves every token its
             true position in the rotary embedding.
-        queries: whose attention the attention policy reads: "last_prompt", "before_answers" (the token before every
-            labelled run), "all_text" (all text that is not labelled), "auto" (before_answers where there are labels,
-            otherwise last_prompt), or "published" (as auto, with the quirks of the released code: a labelled first
-            token looks back to the last one, and rows without labels keep everything).
+        queries: whose attention the attention policy reads: "before_answers" (the token before every answer, or the
+            last token where there is none), "last_prompt" (the token before the last answer), "all_text" (all text
+            that is no answer), or "published" (as before_answers, with the quirks of the released code: a labelled
+            first token looks back to the last one, and rows without labels keep everything).
         scope: "span" keeps a share of each video or image; in "row" all visual tokens of a row compete.
         seed: of the policies that use chance.
 
@@ -63,13 +65,12 @@ def patch(
             raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
     schedule = DropSchedule.parse(schedule)
     decoder, causal_lm = find_decoder(model)
+    check_decoder(decoder)
     schedule.check_depth(len(decoder.layers))
     policies = tuple(DROP_POLICIES.get(stage.policy)() for stage in schedule.stages)
-    for stage, policy in zip(schedule.stages, policies, strict=True):
-        if policy.needs_scores:
-            check_scorable(decoder.layers[stage.layer])
     rope_type = getattr(decoder.rotary_emb, "rope_type", "default")
-    if positions == "renumber" and rope_type in LENGTH_DEPENDENT_ROPE:
+    rope_types = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
+    if positions == "renumber" and any(kind in LENGTH_DEPENDENT_ROPE for kind in rope_types):
         raise ValueError(
             f"rotary embeddings of type {rope_type!r} depend on the number of tokens, and with positions='renumber' "
             "every segment has its own; use positions='keep'"
@@ -81,25 +82,23 @@ def find_decoder(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
     """Find the module with the decoder layers: the model itself or one that it holds.
 
     Returns:
-        The decoder, and the stock causal LM that holds it (as its ``model``), or None.
+        The decoder, and the stock causal LM right around it, or None.
 
     Raises:
-        ValueError: if there is none, or it does not compute one rotary embedding for all its layers.
+        ValueError: if there is none.
     """
     holder, module = None, model
     while module is not None and not isinstance(getattr(module, "layers", None), nn.ModuleList):
-        holder, module = module, getattr(module, "language_model", None) or getattr(module, "model", None)
+        inner = getattr(module, "language_model", None) or getattr(module, "model", None)
+        inner = inner or getattr(module, getattr(module, "base_model_prefix", "") or "model", None)
+        holder, module = module, inner
     if module is None or not hasattr(module, "rotary_emb"):
-        raise ValueError(
-            f"{type(model).__name__} holds no decoder with `layers` and `rotary_emb`; "
-            "pass a model built like Qwen2, Qwen3, Llama or Mistral"
+        raise UnsupportedDecoder(
+            model,
+            "holds no decoder with `layers` and one `rotary_emb` for them; "
+            "pass a model built like Qwen2, Qwen3, Llama or Mistral",
         )
-    if "layer_type" in inspect.signature(module.rotary_emb.forward).parameters:
-        raise ValueError(
-            f"{type(module).__name__} cannot be patched: {type(module.rotary_emb).__name__} also needs layer_type, "
-            "so its layers do not share one rotary embedding"
-        )
-    is_causal_lm = getattr(holder, "model", None) is module and hasattr(holder, "lm_head")
+    is_causal_lm = isinstance(holder, PreTrainedModel) and holder.get_output_embeddings() is not None
     return module, holder if is_causal_lm else None
 
 
@@ -112,9 +111,13 @@ def find_handle(decoder: nn.Module) -> DropHandle | None:
 class _Request:
     """What a causal LM asks of its decoder, and the plan that comes back."""
 
-    def __init__(self, visual_mask: Tensor, labels: Tensor | None):
+    def __init__(
+        self, visual_mask: Tensor | None, labels: Tensor | None, attention_mask: Any, logits_to_keep: Any = 0
+    ):
         self.visual_mask = visual_mask
         self.labels = labels
+        self.attention_mask = attention_mask
+        self.logits_to_keep = logits_to_keep
         self.plan: DropPlan | None = None
 
 
@@ -127,7 +130,7 @@ class DropHandle:
         rules: settings.
     """
 
-    def __init__(self, decoder: nn.Module, causal_lm: nn.Module | None, rules: DropRules):
+    def __init__(self, decoder: nn.Module, causal_lm: PreTrainedModel | None, rules: DropRules):
         present = find_handle(decoder)
         if present is not None:
             raise RuntimeError(
@@ -148,6 +151,8 @@ class DropHandle:
                 causal_lm.register_forward_pre_hook(self._before_causal_lm, with_kwargs=True),
                 causal_lm.register_forward_hook(self._after_causal_lm, with_kwargs=True),
             ]
+            self._loss_function = causal_lm.loss_function
+            self._restore_loss_function = replace_loss_function(causal_lm, self._loss)
             causal_lm.prepare_inputs_for_generation = _PrepareInputs(causal_lm)
 
     @property
@@ -160,6 +165,7 @@ class DropHandle:
         for hook in self._hooks:
             hook.remove()
         if self._causal_lm is not None:
+            self._restore_loss_function()
             del self._causal_lm.prepare_inputs_for_generation
         self._hooks, self._causal_lm = [], None
 
@@ -171,11 +177,15 @@ class DropHandle:
 
     def _before_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         kwargs = dict(kwargs)
-        request = kwargs.pop("drop_request", None) or _Request(
-            kwargs.pop("visual_mask", None), kwargs.pop("labels", None)
-        )
-        given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
-        cache = given.get("past_key_values")
+        request = kwargs.pop("drop_request", None)
+        if request is None:
+            request = _Request(
+                kwargs.pop("visual_mask", None), kwargs.pop("labels", None), kwargs.get("attention_mask")
+            )
+        else:
+            kwargs["attention_mask"] = request.attention_mask
+        given = arguments(decoder.forward, args, kwargs)
+        _, cache = find_cache(given)
         visual_mask = request.visual_mask if self.schedule else None
         if visual_mask is not None and not visual_mask.any():
             visual_mask = None
@@ -199,19 +209,21 @@ class DropHandle:
             return None
         plan = kwargs["drop_plan"]
         hidden_states, kwargs = plan.enter_layer(
-            index, layer, args[0], {name: value for name, value in kwargs.items() if name != "drop_plan"}
+            index, layer, args, {name: value for name, value in kwargs.items() if name != "drop_plan"}
         )
-        return (hidden_states, *args[1:]), kwargs
+        return (hidden_states,), kwargs
 
     def _after_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         plan = kwargs.get("drop_plan")
         if plan is None:
             return
-        if not plan.reached_layers:
-            raise RuntimeError(
-                f"{type(decoder).__name__} does not hand its keyword arguments to its layers, so nothing was dropped; "
-                "it cannot be patched"
+        if plan.num_layers_reached < len(decoder.layers):
+            raise UnsupportedDecoder(
+                decoder, "does not hand its keyword arguments to every layer; it cannot be patched"
             )
+        values = output if isinstance(output, ModelOutput) else dict(enumerate(output))
+        if find_cache(values)[1] is not None and not plan.saw_cache:
+            raise UnsupportedDecoder(decoder, "fills a cache that its layers are not given as an argument")
         plan.finish()
         if isinstance(output, ModelOutput):
             output.drop_plan = plan
@@ -219,37 +231,34 @@ class DropHandle:
     def _before_causal_lm(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if kwargs.get("visual_mask") is None:
             return None
-        kwargs = dict(kwargs)
-        request = _Request(kwargs.pop("visual_mask"), kwargs.pop("labels", None))
-        return args, {**kwargs, "drop_request": request}
-
-    def _after_causal_lm(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        request = kwargs.get("drop_request")
-        if request is None:
-            return None
-        if request.labels is not None:
-            output = self._with_loss(model, kwargs, output, request)
-        if isinstance(output, ModelOutput) and request.plan is not None:
-            output.drop_plan = request.plan
-        return output
-
-    def _with_loss(self, model: nn.Module, kwargs: dict, output: Any, request: _Request) -> Any:
-        """Compute the loss over the shortened sequence, with the model's own loss function."""
-        logits = output.logits if isinstance(output, ModelOutput) else output[0]
-        own = inspect.signature(model.forward).parameters
-        loss_kwargs = {name: value for name, value in kwargs.items() if name not in own and name != "drop_request"}
-        if request.plan is not None:
-            kept = kwargs.get("logits_to_keep", 0)
-            shift_labels = request.plan.shift_labels(request.labels)
-            loss_kwargs["shift_labels"] = shift_labels[
-                :, slice(-kept, None) if isinstance(kept, int) else kept
-            ].contiguous()
-        loss = model.loss_function(
-            logits=logits, labels=request.labels, vocab_size=model.config.vocab_size, **loss_kwargs
+        given = arguments(model.forward, args, kwargs)
+        # The decoder gets the mask back: the model's own auxiliary losses must not see one of the full length.
+        request = _Request(
+            given.pop("visual_mask"),
+            given.get("labels"),
+            given.pop("attention_mask", None),
+            given.get("logits_to_keep", 0),
         )
-        if not isinstance(output, ModelOutput):
-            return (loss, *output)
-        return type(output)(**{**output, "loss": loss})
+        return (), {**given, "drop_request": request}
+
+    def _after_causal_lm(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        request = kwargs.get("drop_request")
+        if request is None or not self.schedule or not request.visual_mask.any():
+            return
+        if request.plan is None:
+            raise UnsupportedDecoder(model, "does not hand its keyword arguments to its decoder; it cannot be patched")
+        if isinstance(output, ModelOutput):
+            output.drop_plan = request.plan
+
+    def _loss(
+        self, logits: Tensor, labels: Tensor | None, *args: Any, drop_request: Any = None, **kwargs: Any
+    ) -> Tensor:
+        """Stand in for the model's loss function, over the shortened sequence where tokens were dropped."""
+        if drop_request is not None and drop_request.plan is not None:
+            kept = drop_request.logits_to_keep
+            shifted = drop_request.plan.shift_labels(drop_request.labels)
+            kwargs["shift_labels"] = shifted[:, slice(-kept, None) if isinstance(kept, int) else kept].contiguous()
+        return self._loss_function(logits, labels, *args, **kwargs)
 
 
 class _PrepareInputs:
@@ -286,12 +295,11 @@ def add_visual_mask(model_inputs: dict[str, Any], visual_mask: Tensor | None, *,
         return model_inputs
     inputs = model_inputs.get("inputs_embeds")
     length = (model_inputs["input_ids"] if inputs is None else inputs).shape[1]
-    cache = model_inputs.get("past_key_values")
-    if cache is None:  # every step sees the whole sequence, generated tokens included
-        return {
-            **model_inputs,
-            "visual_mask": nn.functional.pad(visual_mask, (0, length - visual_mask.shape[1])),
-        }
+    _, cache = find_cache(model_inputs)
+    if cache is None:  # every step sees the whole sequence; what was generated is an answer, and ranks nothing
+        num_new = length - visual_mask.shape[1]
+        spans = nn.functional.pad(span_ids(visual_mask), (0, num_new), value=-1)
+        return {**model_inputs, "visual_mask": spans}
     num_seen = cache.get_seq_length()
     if is_prefill and visual_mask.shape[1] in (length, num_seen + length):
         return {**model_inputs, "visual_mask": visual_mask[:, -length:]}

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from hico.llm_dropout.base import DropPolicy
-from hico.llm_dropout.cache import Held, check_cache, read_held, write_held
+from hico.compat import UnsupportedDecoder, arguments, causal_mask, find_cache, rotary_embeddings, sliding_window
+from hico.llm_dropout.cache import Held, await_update, check_layers, read_held
+from hico.llm_dropout.policies import DropPolicy
 from hico.llm_dropout.queries import IGNORED_LABEL, QUERY_ROWS
 from hico.llm_dropout.schedule import DropSchedule
 from hico.llm_dropout.scoring import score_tokens
@@ -19,6 +19,8 @@ from hico.llm_dropout.survivors import Survivors
 from hico.ops.dropping import gather_rows, pack_rows, span_ids
 
 POSITIONS = ("renumber", "keep")
+SHORTENED = ("attention_mask", "position_ids", "position_embeddings")
+"""What a decoder hands to its layers for every token, and what a plan knows to shorten."""
 
 
 @dataclass(frozen=True)
@@ -35,27 +37,25 @@ class DropRules:
 
 @dataclass
 class Segment:
-    """What the layers from one stage up to the next work on.
+    """Some tokens of the call, as the layers from one stage up to the next see them.
 
     Args:
         columns_BN: positions of its tokens in the call, -1 at padding; None if it has all of them.
         held: what its cache layers held before the call; None if everything.
-        position_ids: ``(B or 1, N)`` without gaps, for the layers.
-        position_embeddings: cosines and sines, ``(B or 1, N, C)``.
+        position_ids: ``(B or 1, N)`` without gaps.
+        valid_BM: bool, True at real tokens, cached ones first; None if all are.
         gather_BN: positions of its tokens in the segment before, -1 at padding; None if nothing was dropped between.
         scores_BS: scores that the policy saw, by position in the call; None if it asked for none.
-        mask_BK: bool, True at real tokens, cached ones first; None if all are.
-        masks: attention masks of its layers, by whether they slide.
+        memo: attention masks and rotary embeddings, by kind of layer.
     """
 
     columns_BN: Tensor | None
     held: Held | None
     position_ids: Tensor
-    position_embeddings: tuple[Tensor, Tensor]
+    valid_BM: Tensor | None
     gather_BN: Tensor | None = None
     scores_BS: Tensor | None = None
-    mask_BK: Tensor | None = None
-    masks: dict[bool, Any] = field(default_factory=dict)
+    memo: dict[tuple, Any] = field(default_factory=dict)
 
     @property
     def is_whole(self) -> bool:
@@ -73,7 +73,7 @@ class DropPlan:
         rules: settings.
         decoder: the patched decoder.
         inputs: the call's token ids ``(B, S)`` or embeddings ``(B, S, E)``.
-        visual_mask: ``(B, S)``, 0 or False at text; None if no token of this call may be dropped.
+        visual_mask: ``(B, S)``, see `hico.llm_dropout`; None if no token of this call may be dropped.
         labels: ``(B, S)``, or None.
         attention_mask: ``(B, seen + S)``, or None.
         position_ids: ``(B or 1, S)``, or None.
@@ -96,20 +96,18 @@ class DropPlan:
         cache: Cache | None = None,
     ):
         self.rules = rules
-        self.reached_layers = False
+        self.num_layers_reached, self.saw_cache, self.is_finished = 0, False, False
         self._decoder = decoder
         self._batch, self._length = inputs.shape[:2]
         self._device = inputs.device
         self._num_seen = cache.get_seq_length() if cache is not None else 0
-        self._labels = labels
         self._segments: dict[int, Segment] = {}
-        self._held: list[Held | None] = [None] * len(rules.schedule.stages)
-        if cache is not None:
-            stage_layers = [stage.layer for stage in rules.schedule.stages]
-            check_cache(cache, stage_layers, len(decoder.layers))
-            self._held = [read_held(cache, layer) for layer in stage_layers]
+        check_layers(cache)
         self._attention_mask = self._check_mask(attention_mask)
-        self._survivors = None if visual_mask is None else self._find_survivors(visual_mask)
+        self._layers = [stage.layer for stage in rules.schedule.stages]
+        self._held = read_held(cache, self._layers, len(decoder.layers), self._attention_mask)
+        self._answer_BS = None
+        self._survivors = None if visual_mask is None else self._find_survivors(visual_mask, labels)
         if position_ids is None:
             position_ids = torch.arange(self._length, device=self._device)[None] + self._num_seen
         elif cache is None and attention_mask is None and (position_ids.diff(dim=-1) != 1).any():
@@ -128,7 +126,7 @@ class DropPlan:
 
     def kept_at(self, layer: int) -> Tensor:
         """``(B, N)``: which tokens of the call a layer works on, in order; -1 at padding."""
-        segment = self._segments.get(self._stages_up_to(layer) - 1)
+        segment = self._segments.get(self._place(layer))
         if segment is None or segment.columns_BN is None:
             return torch.arange(self._length, device=self._device).expand(self._batch, -1)
         return segment.columns_BN
@@ -138,7 +136,7 @@ class DropPlan:
 
         Tokens that were dropped earlier have score 0.
         """
-        segment = self._segments.get(self._stages_up_to(layer) - 1)
+        segment = self._segments.get(self._place(layer))
         return segment and segment.scores_BS
 
     def gather(self, values: Tensor, *, fill: float | int | bool = 0) -> Tensor:
@@ -146,245 +144,230 @@ class DropPlan:
         return gather_rows(values, self.kept_indices, fill=fill)
 
     def shift_labels(self, labels: Tensor) -> Tensor:
-        """Shorten labels ``(B, S)`` and shift them by one: ``(B, S')``, what each output should predict."""
-        shortened = self.gather(labels, fill=IGNORED_LABEL)
-        return nn.functional.pad(shortened[:, 1:], (0, 1), value=IGNORED_LABEL)
+        """Shorten labels ``(B, S)`` and shift them by one: ``(B, S')``, what each kept token should predict."""
+        kept = self.kept_indices.to(labels.device)
+        shifted = nn.functional.pad(gather_rows(labels, kept, fill=IGNORED_LABEL)[:, 1:], (0, 1), value=IGNORED_LABEL)
+        return shifted.masked_fill(kept < 0, IGNORED_LABEL)
+
+    def valid_at(self, layer: int) -> Tensor:
+        """``(B, N)`` bool: which tokens that a layer works on are real, and not padding."""
+        kept_BN = self.kept_at(layer)
+        if self._attention_mask is None:
+            return kept_BN >= 0
+        return gather_rows(self._attention_mask[:, self._num_seen :], kept_BN, fill=False)
 
     # What the hooks call
 
-    def enter_layer(self, index: int, layer: nn.Module, hidden_states: Tensor, kwargs: dict) -> tuple[Tensor, dict]:
+    def enter_layer(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor, dict]:
         """Prepare the inputs of a layer.
 
         Args:
             index: of the layer.
             layer: the layer.
-            hidden_states: ``(B, N, E)`` from the layer before.
-            kwargs: what the decoder passes to every layer.
+            args: what the decoder passes to it by position, first the hidden states ``(B, N, E)``.
+            kwargs: what it passes by name.
 
         Returns:
             Shortened hidden states and matching keyword arguments.
         """
-        self.reached_layers = True
-        place = self._stages_up_to(index) - 1
-        if place < 0:
-            return hidden_states, kwargs
-        cache = kwargs.get("past_key_values")
+        if not self.is_finished:  # a backward pass may run layers again, one by one
+            if index != self.num_layers_reached:
+                raise UnsupportedDecoder(self._decoder, "runs its layers in another order than it lists them")
+            self.num_layers_reached += 1
+        given = arguments(layer.forward, args, kwargs) if len(args) != 1 else kwargs
+        hidden_states = args[0] if args else given["hidden_states"]
+        given = {name: value for name, value in given.items() if value is not hidden_states}
+        _, cache = find_cache(given)
+        self.saw_cache |= cache is not None
         if layer.training and getattr(layer, "gradient_checkpointing", False):
             cache = None  # the layer will not fill it
+        place = self._place(index)
+        if place < 0:
+            return hidden_states, given
         if place not in self._segments:
-            self._segments[place] = self._decide(place, layer, hidden_states, kwargs["position_embeddings"], cache)
+            self._check_given(layer, given)
+            self._segments[place] = self._decide(place, layer, hidden_states, given, cache)
         segment = self._segments[place]
-        if index == self.rules.schedule.stages[place].layer and segment.gather_BN is not None:
-            hidden_states = gather_rows(hidden_states, segment.gather_BN)
+        if index == self._layers[place]:
+            if segment.gather_BN is not None:
+                hidden_states = gather_rows(hidden_states, segment.gather_BN)
+            if cache is not None:
+                await_update(cache, index, self._holds_next(segment))
         if segment.is_whole:
-            return hidden_states, kwargs
-        window = self._window(index)
-        slides = window is not None
-        if slides and self._num_seen and self._is_padded and window < self._num_seen + self._length:
-            raise ValueError(
-                f"rows that keep different numbers of tokens would be padded after what the cache holds, and the "
-                f"sliding window of {window} of layer {index} would count the padding; give every row alone"
-            )
-        if slides not in segment.masks:
-            segment.masks[slides] = (create_sliding_window_causal_mask if slides else create_causal_mask)(
-                config=self._decoder.config,
-                inputs_embeds=hidden_states,
-                attention_mask=segment.mask_BK,
-                past_key_values=cache,
-                layer_idx=index,
-            )
-        return hidden_states, {
-            **kwargs,
-            "attention_mask": segment.masks[slides],
-            "position_ids": segment.position_ids,
-            "position_embeddings": segment.position_embeddings,
-        }
+            return hidden_states, given
+        mask = self._mask(segment, index, hidden_states, cache)
+        return hidden_states, self._at_positions(segment, index, hidden_states, given) | {"attention_mask": mask}
 
     def finish(self) -> None:
-        """Forget the attention masks, unless a backward pass may run the layers again."""
+        """Forget masks and rotary embeddings, unless a backward pass may run the layers again."""
+        self.is_finished = True
         if not torch.is_grad_enabled():
             for segment in self._segments.values():
-                segment.masks.clear()
+                segment.memo.clear()
 
     # Deciding
 
     def _decide(
-        self, place: int, layer: nn.Module, hidden_states: Tensor, whole_embeddings: tuple, cache: Cache | None
+        self, place: int, layer: nn.Module, hidden_states: Tensor, given: dict, cache: Cache | None
     ) -> Segment:
-        """Make the segment that starts at a stage: choose its tokens, and note in the cache what it will hold."""
-        before = self._segments.get(place - 1)
-        if before is None:
-            before = Segment(None, None, self._position_ids, whole_embeddings)
-        held = self._held[place]
-        columns_BN, gather_BN, scores_BS = before.columns_BN, None, None
-        if self._survivors is not None:
-            dropped, scores_BS = self._drop(place, layer, hidden_states, before, cache)
-            if dropped:
-                gather_BN = self._pack(before.columns_BN)
-                columns_BN = gather_BN if columns_BN is None else gather_rows(columns_BN, gather_BN, fill=-1)
-
-        position_ids, position_embeddings = self._positions(columns_BN, held, hidden_states, whole_embeddings)
-        segment = Segment(columns_BN, held, position_ids, position_embeddings, gather_BN, scores_BS)
-        if not segment.is_whole:
-            segment.mask_BK = self._mask(columns_BN, held)
-        if cache is not None and columns_BN is not None:
-            write_held(cache, self.rules.schedule.stages[place].layer, self._holds_next(columns_BN, held))
-        return segment
-
-    def _drop(
-        self, place: int, layer: nn.Module, hidden_states: Tensor, before: Segment, cache: Cache | None
-    ) -> tuple[bool, Tensor | None]:
+        """Make the segment that starts at a stage."""
+        columns_BN = self._segments[place - 1].columns_BN if place > 0 else None
+        segment = self._segment(columns_BN, self._held[place])  # what enters the layer, as its cache numbers it
+        if self._survivors is None:
+            return segment
         stage, policy = self.rules.schedule.stages[place], self.rules.policies[place]
         scores_BS, skip_rows = None, ()
         if policy.needs_scores:
-            is_query_BN = self._query_rows(before.columns_BN)
+            is_query_BN = self._query_rows(columns_BN)
             num_queries = is_query_BN.sum(1).tolist()
             skip_rows = [row for row, number in enumerate(num_queries) if number == 0]
             query_index_BQ = pack_rows(is_query_BN, max(num_queries), pad_left=False)
-            scores_BS = self._score(place, layer, hidden_states, query_index_BQ, before, cache)
-        dropped = self._survivors.drop(stage, policy, scores_BS=scores_BS, skip_rows=skip_rows)
-        return dropped, scores_BS
+            scores_BS = self._score(segment, stage.layer, layer, hidden_states, query_index_BQ, given, cache)
+        if self._survivors.drop(stage, policy, scores_BS=scores_BS, skip_rows=skip_rows):
+            alive_BN = self._of(columns_BN, self._survivors.alive_BS)
+            gather_BN = pack_rows(alive_BN, max(self._survivors.num_alive), pad_left=self._survivors.pad_left)
+            columns_BN = gather_BN if columns_BN is None else gather_rows(columns_BN, gather_BN, fill=-1)
+            segment = self._segment(columns_BN, self._held[place])
+            segment.gather_BN = gather_BN
+        segment.scores_BS = scores_BS
+        return segment
 
     def _score(
         self,
-        place: int,
+        segment: Segment,
+        index: int,
         layer: nn.Module,
         hidden_states: Tensor,
         query_index_BQ: Tensor,
-        before: Segment,
+        given: dict,
         cache: Cache | None,
     ) -> Tensor:
-        """Score the tokens entering a stage, by their positions in the call."""
-        stage, held = self.rules.schedule.stages[place], self._held[place]
-        columns_BN, embeddings = before.columns_BN, before.position_embeddings
-        past_keys = None
-        if self._num_seen:
-            # The layer's cached keys are numbered by what this segment holds, not by what the one before does.
-            _, embeddings = self._positions(columns_BN, held, hidden_states, embeddings, before_stage=True)
-            past_keys = cache.layers[stage.layer].keys
-        key_mask_BN = self._mask(columns_BN, held)
-        if key_mask_BN is not None and past_keys is not None:
-            key_mask_BN = key_mask_BN[:, -(past_keys.shape[2] + hidden_states.shape[1]) :]
+        """Score the tokens of a segment by the layer that they enter, by their positions in the call."""
+        if not segment.is_whole:
+            given = self._at_positions(segment, index, hidden_states, given)
         scores_BN = score_tokens(
             layer,
             hidden_states,
-            embeddings,
+            given,
             query_index_BQ,
-            key_mask_BN=key_mask_BN,
-            past_keys_BGMC=past_keys,
-            window=self._window(stage.layer),
-        )
-        if columns_BN is None:
+            key_mask_BM=segment.valid_BM,
+            past_keys_BGMC=cache.layers[index].keys if self._num_seen else None,
+            window=sliding_window(self._decoder.config, index),
+        ).to(self._device)
+        if segment.columns_BN is None:
             return scores_BN
         scores_BS = scores_BN.new_zeros(self._batch, self._length)
-        return scores_BS.scatter_add(1, columns_BN.clamp(min=0), scores_BN.masked_fill(columns_BN < 0, 0.0))
+        padding_BN = segment.columns_BN < 0
+        return scores_BS.scatter_add(1, segment.columns_BN.clamp(min=0), scores_BN.masked_fill(padding_BN, 0.0))
 
     def _query_rows(self, columns_BN: Tensor | None) -> Tensor:
-        valid_BN, text_BN, labels_BN = self._survivors.valid_BS, ~self._survivors.visual_BS, self._labels
-        if columns_BN is not None:
-            valid_BN = gather_rows(valid_BN, columns_BN)
-            text_BN = gather_rows(text_BN, columns_BN)
-            labels_BN = None if labels_BN is None else gather_rows(labels_BN, columns_BN, fill=IGNORED_LABEL)
-        return QUERY_ROWS[self.rules.queries](valid_BN, text_BN, labels_BN)
+        valid_BS, text_BS = self._survivors.valid_BS, ~self._survivors.visual_BS
+        marks = [part if part is None else self._of(columns_BN, part) for part in (valid_BS, text_BS, self._answer_BS)]
+        return QUERY_ROWS[self.rules.queries](*marks)
 
-    def _pack(self, columns_BN: Tensor | None) -> Tensor:
-        """List the survivors by their positions in the segment before, re-padded on the side that was padded."""
-        alive_BN = self._survivors.alive_BS
-        if columns_BN is not None:
-            alive_BN = gather_rows(alive_BN, columns_BN)
-        return pack_rows(alive_BN, max(self._survivors.num_alive), pad_left=self._survivors.pad_left)
+    # Segments
 
-    # Positions and masks
-
-    def _positions(
-        self,
-        columns_BN: Tensor | None,
-        held: Held | None,
-        hidden_states: Tensor,
-        embeddings: tuple[Tensor, Tensor],
-        *,
-        before_stage: bool = False,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Number tokens without gaps, and give the rotary embedding the numbers or the true positions.
-
-        Args:
-            columns_BN: the tokens.
-            held: what the layers hold of earlier calls.
-            hidden_states: for dtype and device.
-            embeddings: of the true positions, of all tokens of the call.
-            before_stage: the stage at hand has decided nothing yet, and ``embeddings`` are of ``columns_BN`` already.
-        """
+    def _segment(self, columns_BN: Tensor | None, held: Held | None) -> Segment:
+        """Number tokens without gaps behind what the cache holds, and mark the real ones among both."""
         position_ids = self._position_ids
         if held is not None:
             position_ids = position_ids - held.dropped_B[:, None]
         if columns_BN is not None:
             dropped_BS = self._survivors.dropped_BS.int()
-            position_ids = position_ids - (dropped_BS.cumsum(1) - dropped_BS)
-            position_ids = gather_rows(position_ids, columns_BN)
-        if self.rules.positions == "renumber":
-            return position_ids, self._decoder.rotary_emb(hidden_states, position_ids=position_ids)
-        if columns_BN is not None and not before_stage:
-            embeddings = tuple(gather_rows(part, columns_BN) for part in embeddings)
-        return position_ids, embeddings
-
-    def _mask(self, columns_BN: Tensor | None, held: Held | None) -> Tensor | None:
-        """Mark real tokens among the cached and the given ones; None if all are."""
+            position_ids = gather_rows(position_ids - (dropped_BS.cumsum(1) - dropped_BS), columns_BN)
+        valid_BM = None
         padded = columns_BN is not None and self._is_padded
-        if self._attention_mask is None and not padded and (held is None or not held.padded):
-            return None
-        full_BK = self._full_columns(columns_BN, held)
-        if self._attention_mask is None:
-            return full_BK >= 0
-        return gather_rows(self._attention_mask, full_BK, fill=False)
+        if self._attention_mask is not None or padded or (held is not None and held.padded):
+            valid_BM = torch.cat([self._real_past(held), self._real(columns_BN)], 1)
+        return Segment(columns_BN, held, position_ids, valid_BM)
 
-    def _full_columns(self, columns_BN: Tensor | None, held: Held | None) -> Tensor:
-        """List positions in the full sequence of the cached and the given tokens."""
-        if held is None:
-            past = torch.arange(self._num_seen, device=self._device).expand(self._batch, -1)
-        else:
-            past = held.columns_BM
+    def _real(self, columns_BN: Tensor | None) -> Tensor:
+        shape = self._batch, self._length
+        valid_BS = torch.ones(shape, dtype=torch.bool, device=self._device)
+        if self._attention_mask is not None:
+            valid_BS = self._attention_mask[:, self._num_seen :]
+        return self._of(columns_BN, valid_BS)
+
+    def _real_past(self, held: Held | None) -> Tensor:
+        if held is not None:
+            return held.real_BM
+        if self._attention_mask is not None:
+            return self._attention_mask[:, : self._num_seen]
+        return torch.ones(self._batch, self._num_seen, dtype=torch.bool, device=self._device)
+
+    def _holds_next(self, segment: Segment) -> Held | None:
+        """Say what the cache layers hold after the call; None if that need not be remembered anew."""
+        columns_BN, held = segment.columns_BN, segment.held
         if columns_BN is None:
-            columns_BN = torch.arange(self._length, device=self._device).expand(self._batch, -1)
-        return torch.cat([past, torch.where(columns_BN < 0, -1, columns_BN + self._num_seen)], 1)
-
-    def _holds_next(self, columns_BN: Tensor, held: Held | None) -> Held:
+            return None
         dropped_B = self._survivors.dropped_BS.sum(1)
         return Held(
-            columns_BM=self._full_columns(columns_BN, held),
+            real_BM=torch.cat([self._real_past(held), self._real(columns_BN)], 1),
             dropped_B=dropped_B if held is None else dropped_B + held.dropped_B,
             num_seen=self._num_seen + self._length,
             padded=self._is_padded or (held is not None and held.padded),
         )
 
+    def _at_positions(self, segment: Segment, index: int, hidden_states: Tensor, given: dict) -> dict:
+        """Replace the positions that the decoder hands to a layer by those of a segment."""
+        kind, whole = ("rotary", self._kind(index)), given["position_embeddings"]
+        if whole is not None and kind not in segment.memo:
+            if self.rules.positions == "renumber":
+                segment.memo[kind] = rotary_embeddings(self._decoder, hidden_states, segment.position_ids, index)
+            elif isinstance(whole, Tensor):
+                segment.memo[kind] = self._of(segment.columns_BN, whole)
+            else:
+                segment.memo[kind] = tuple(self._of(segment.columns_BN, part) for part in whole)
+        changed = {"position_ids": segment.position_ids}
+        if whole is not None:  # a layer without rotary embedding is given none
+            changed["position_embeddings"] = segment.memo[kind]
+        return {name: changed.get(name, value) for name, value in given.items()}
+
+    def _mask(self, segment: Segment, index: int, hidden_states: Tensor, cache: Cache | None) -> Any:
+        window = sliding_window(self._decoder.config, index)
+        if window is not None and self._num_seen and self._is_padded and window < self._num_seen + self._length:
+            raise ValueError(
+                f"rows that keep different numbers of tokens would be padded after what the cache holds, and the "
+                f"sliding window of {window} of layer {index} would count the padding; give every row alone"
+            )
+        kind = "mask", window
+        if kind not in segment.memo:
+            segment.memo[kind] = causal_mask(self._decoder.config, hidden_states, segment.valid_BM, cache, index)
+        return segment.memo[kind]
+
+    # Facts
+
+    @staticmethod
+    def _of(columns_BN: Tensor | None, values: Tensor) -> Tensor:
+        """Take from values ``(B or 1, S, ...)`` those of a segment; zero at padding."""
+        return values if columns_BN is None else gather_rows(values, columns_BN)
+
     @property
     def _is_padded(self) -> bool:
         return self._survivors is not None and len(set(self._survivors.num_alive)) > 1
 
-    # Facts
+    def _place(self, layer: int) -> int:
+        """Return the stage that a layer comes after; -1 before the first."""
+        return sum(first <= layer for first in self._layers) - 1
 
-    def _stages_up_to(self, layer: int) -> int:
-        return sum(stage.layer <= layer for stage in self.rules.schedule.stages)
+    def _kind(self, layer: int) -> str | None:
+        kinds = getattr(self._decoder.config, "layer_types", None)
+        return kinds and kinds[layer]
 
-    def _window(self, layer: int) -> int | None:
-        config = self._decoder.config
-        kinds = getattr(config, "layer_types", None)
-        if kinds is not None and kinds[layer] != "sliding_attention":
-            return None
-        return getattr(config, "sliding_window", None)
-
-    def _find_survivors(self, visual_mask: Tensor) -> Survivors:
+    def _find_survivors(self, visual_mask: Tensor, labels: Tensor | None) -> Survivors:
         shape = (self._batch, self._length)
-        for name, given in (("visual_mask", visual_mask), ("labels", self._labels)):
+        for name, given in (("visual_mask", visual_mask), ("labels", labels)):
             if given is not None and tuple(given.shape) != shape:
                 raise ValueError(
                     f"{name} has shape {tuple(given.shape)} for a call of {shape[0]} rows of {shape[1]} tokens; pass "
                     "the prompt in one piece (no prefill_chunk_size), with one entry per token"
                 )
-        if self._attention_mask is None:
-            valid_BS = torch.ones(shape, dtype=torch.bool, device=self._device)
-        else:
-            valid_BS = self._attention_mask[:, self._num_seen :]
         spans_BS = span_ids(visual_mask).to(self._device)
+        valid_BS = self._real(None)
+        if labels is not None or (spans_BS < 0).any():
+            self._answer_BS = valid_BS & (spans_BS < 0)
+            if labels is not None:
+                self._answer_BS |= valid_BS & (labels.to(self._device) != IGNORED_LABEL)
         return Survivors(spans_BS, valid_BS, scope=self.rules.scope, seed=self.rules.seed)
 
     def _check_mask(self, attention_mask: Any) -> Tensor | None:
@@ -398,3 +381,14 @@ class DropPlan:
                 "1 for real tokens and 0 for padding"
             )
         return attention_mask.to(self._device, torch.bool)
+
+    def _check_given(self, layer: nn.Module, given: dict) -> None:
+        """Check that a decoder hands its layers what a plan replaces, and no other tensor."""
+        missing = [name for name in ("attention_mask", "position_embeddings") if name not in given]
+        if missing:
+            raise UnsupportedDecoder(layer, f"is not given {' or '.join(missing)} by name, so it cannot be shortened")
+        others = [
+            name for name, part in given.items() if name not in SHORTENED and isinstance(part, Tensor) and part.ndim
+        ]
+        if others:
+            raise UnsupportedDecoder(layer, f"is given {', '.join(others)}, which dropping does not know to shorten")

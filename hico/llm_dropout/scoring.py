@@ -1,107 +1,74 @@
-"""Attention scores of one decoder layer, from its own weights and a few query rows."""
+"""How much attention the query rows of a layer pay to each token that enters it."""
 
-import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from hico.ops.dropping import gather_rows, query_row_scores
-
-ORDINARY: dict[str, Callable[[Any], bool]] = {
-    "sinks": lambda value: value is None,
-    "use_rope": lambda value: value is None or bool(value),
-    "rotary_ndims": lambda value: value is None,
-}
-"""Attribute of an attention module -> whether its value, None if there is none, leaves attention as it is in Qwen2."""
-
-
-def check_scorable(layer: nn.Module) -> None:
-    """Raise ``ValueError`` unless a decoder layer has the parts that `score_tokens` calls, and attends as it takes."""
-    attention = getattr(layer, "self_attn", None)
-    missing = [
-        name
-        for owner, name in [
-            (layer, "input_layernorm"),
-            (attention, "q_proj"),
-            (attention, "k_proj"),
-            (attention, "head_dim"),
-            (attention, "scaling"),
-            (sys.modules[type(attention).__module__], "apply_rotary_pos_emb"),
-        ]
-        if not hasattr(owner, name)
-    ]
-    if missing:
-        raise ValueError(
-            f"{type(layer).__name__} lacks {', '.join(missing)}, which scoring by attention needs; "
-            "use the policy 'uniform', or a decoder laid out like Qwen2, Qwen3, Llama or Mistral"
-        )
-    for name, ordinary in ORDINARY.items():
-        if not ordinary(getattr(attention, name, None)):
-            raise ValueError(
-                f"{type(attention).__name__} does not attend as scoring by attention takes it to, see its {name}; "
-                "use the policy 'uniform'"
-            )
+from hico.compat import attention_call
+from hico.ops.dropping import query_row_scores
 
 
 @torch.no_grad()
 def score_tokens(
     layer: nn.Module,
     hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
+    kwargs: dict[str, Any],
     query_index_BQ: Tensor,
     *,
-    key_mask_BN: Tensor | None = None,
-    past_keys_BGMC: Tensor | None = None,
-    window: int | None = None,
+    key_mask_BM: Tensor | None,
+    past_keys_BGMC: Tensor | None,
+    window: int | None,
 ) -> Tensor:
-    """Score the tokens that enter a decoder layer by the attention of its query rows.
+    """Score the tokens that enter a decoder layer, by the layer's own queries and keys.
 
-    Dropout inside the projections, as of an adapter in training, takes nothing from the streams of chance.
+    Dropout inside the projections, as of an adapter in training, takes nothing from the streams of chance. Where heads
+    are spread over processes, every process gets the scores of all.
 
     Args:
-        layer: the layer, whose input norm, query and key projections and rotary embedding are used.
+        layer: the layer.
         hidden_states: ``(B, N, E)`` entering it.
-        position_embeddings: cosines and sines, ``(B or 1, N, C)``.
+        kwargs: what the decoder passes to it, with positions of these N tokens.
         query_index_BQ: query rows among the N tokens, -1 where a row has fewer.
-        key_mask_BN: bool ``(B, M + N)``, False at padding; none if omitted.
-        past_keys_BGMC: keys that the layer has cached; M = 0 if omitted.
-        window: sliding window of the layer in tokens; none if omitted.
+        key_mask_BM: bool, cached tokens first, False at padding; None if there is none.
+        past_keys_BGMC: keys that the layer has cached; None if there are none.
+        window: how many tokens the layer sees; all if None.
 
     Returns:
-        ``(B, N)`` float32.
+        ``(B, N)`` float32, on the device of the hidden states.
     """
-    attention = layer.self_attn
-    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    device = attention.k_proj.weight.device  # a model spread over devices moves its inputs only inside `forward`
-    cos, sin = (part.to(device) for part in position_embeddings)
+    with _restored_chance(hidden_states.device) if layer.training else nullcontext():
+        call = attention_call(layer, hidden_states, kwargs, window=window)
+    keys, device, num_past = call.key, call.key.device, 0
     query_index_BQ = query_index_BQ.to(device)
-    with _restored_chance(device) if layer.training else nullcontext():
-        tokens = layer.input_layernorm(hidden_states.to(device))
-        queries = attention.q_proj(gather_rows(tokens, query_index_BQ)).unflatten(-1, (-1, attention.head_dim))
-        keys = attention.k_proj(tokens).unflatten(-1, (-1, attention.head_dim))
-        queries = getattr(attention, "q_norm", nn.Identity())(queries).transpose(1, 2)
-        keys = getattr(attention, "k_norm", nn.Identity())(keys).transpose(1, 2)
-    # The model's own function rotates a pair of equal length; the other half of each pair is one head, thrown away.
-    queries, _ = rotate(queries, queries[:, :1], gather_rows(cos, query_index_BQ), gather_rows(sin, query_index_BQ))
-    _, keys = rotate(keys[:, :1], keys, cos, sin)
-
-    num_past = 0
+    rows_B1 = torch.arange(len(keys), device=device)[:, None]
+    queries_BQAC = call.query[rows_B1, :, query_index_BQ.clamp(min=0)]
     if past_keys_BGMC is not None:
         num_past = past_keys_BGMC.shape[2]
         keys = torch.cat([past_keys_BGMC.to(keys), keys], 2)
         query_index_BQ = torch.where(query_index_BQ < 0, -1, query_index_BQ + num_past)
-    scores = query_row_scores(
-        queries,
+    scores_BM = query_row_scores(
+        queries_BQAC.transpose(1, 2),
         keys,
         query_index_BQ,
-        scaling=attention.scaling,
-        key_mask_BN=None if key_mask_BN is None else key_mask_BN.to(device),
+        scaling=call.scaling,
+        softcap=call.softcap,
+        sinks_A=call.sinks,
+        key_mask_BN=None if key_mask_BM is None else key_mask_BM[:, -keys.shape[2] :].to(device),
         window=window,
     )
-    return scores[:, num_past:].to(hidden_states.device)
+    if call.group is not None:
+        scores_BM = _mean_over_processes(scores_BM, call.query.shape[1], call.group)
+    return scores_BM[:, num_past:].to(hidden_states.device)
+
+
+def _mean_over_processes(scores_BM: Tensor, num_heads: int, group: dist.ProcessGroup) -> Tensor:
+    """Average scores over the heads of all processes, of which this one has some."""
+    sums = torch.cat([scores_BM.flatten() * num_heads, scores_BM.new_tensor([num_heads])])
+    dist.all_reduce(sums, group=group)
+    return (sums[:-1] / sums[-1]).view_as(scores_BM)
 
 
 def _restored_chance(device: torch.device) -> AbstractContextManager:

@@ -97,11 +97,11 @@ def span_ids(visual_mask_BS: Tensor) -> Tensor:
     """Number the spans of a visual mask.
 
     Args:
-        visual_mask_BS: integers, returned as int64 (0 is text, k the k-th span of the row), or bool, where every
-            unbroken run of True in a row is a span.
+        visual_mask_BS: integers, returned as int64 (0 is text, k the k-th span of the row, -1 text of an answer), or
+            bool, where every unbroken run of True in a row is a span.
 
     Raises:
-        ValueError: if the mask is not ``(B, S)`` or holds a negative number.
+        ValueError: if the mask is not ``(B, S)`` or holds a number below -1.
         TypeError: if it is floating point.
     """
     if visual_mask_BS.ndim != 2:
@@ -112,9 +112,10 @@ def span_ids(visual_mask_BS: Tensor) -> Tensor:
         return starts.cumsum(1) * visual_mask_BS
     if visual_mask_BS.is_floating_point():
         raise TypeError(f"visual_mask is {visual_mask_BS.dtype}; expected bool, or integers with 0 for text")
-    if (visual_mask_BS < 0).any():
+    if (visual_mask_BS < -1).any():
         raise ValueError(
-            f"visual_mask holds {visual_mask_BS.min().item()}; expected 0 for text and k for the k-th span"
+            f"visual_mask holds {visual_mask_BS.min().item()}; expected 0 for text, k for the k-th span and -1 for "
+            "text of an answer"
         )
     return visual_mask_BS.long()
 
@@ -165,19 +166,24 @@ def query_row_scores(
     query_index_BQ: Tensor,
     *,
     scaling: float,
+    softcap: float | None = None,
+    sinks_A: Tensor | None = None,
     key_mask_BN: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
     """Average the causal attention that a few query rows pay to every key.
 
-    The softmax runs over all keys that a row may see, in float32; then heads and query rows are averaged. Keys are
-    shared by the query heads of their group and not repeated; memory grows with Q * N in chunks of bounded size.
+    The softmax runs over all keys that a row may see, in float32 also under autocast; then heads and query rows are
+    averaged. Keys are shared by the query heads of their group and not repeated; memory grows with Q * N in chunks of
+    bounded size.
 
     Args:
         queries_BAQC: the query rows only, rotated.
         keys_BGNC: all keys, rotated; G divides A (grouped-query attention).
         query_index_BQ: position of each query row among the keys; -1 where a row has fewer queries.
         scaling: factor of the logits.
+        softcap: bound that the logits are squeezed into; none if omitted.
+        sinks_A: a logit per head that takes part in the softmax and belongs to no key; none if omitted.
         key_mask_BN: bool, False at padding; none if omitted.
         window: how many keys a row sees, itself included; all if omitted.
 
@@ -201,9 +207,17 @@ def query_row_scores(
             seen_BQN &= key_mask_BN[:, None, :]
         chunk_BAQC = queries_BAQC[:, :, start : start + chunk].float()
         grouped_BGXC = chunk_BAQC.unflatten(1, (num_groups, -1)).flatten(2, 3)
-        logits_BAQN = (grouped_BGXC @ keys_BGCN * scaling).view(batch, num_heads, -1, num_keys)
+        with torch.autocast(keys_BGNC.device.type, enabled=False):
+            logits_BAQN = (grouped_BGXC @ keys_BGCN * scaling).view(batch, num_heads, -1, num_keys)
+        if softcap is not None:
+            logits_BAQN = torch.tanh(logits_BAQN / softcap) * softcap
         seen_B1QN = seen_BQN[:, None]
-        weights_BAQN = logits_BAQN.masked_fill(~seen_B1QN, float("-inf")).softmax(-1)
+        logits_BAQN = logits_BAQN.masked_fill(~seen_B1QN, float("-inf"))
+        if sinks_A is None:
+            weights_BAQN = logits_BAQN.softmax(-1)
+        else:
+            norm_BAQ1 = torch.logaddexp(logits_BAQN.logsumexp(-1, keepdim=True), sinks_A.float()[:, None, None])
+            weights_BAQN = (logits_BAQN - norm_BAQ1).exp()
         total_BN += weights_BAQN.masked_fill(~seen_B1QN, 0.0).sum((1, 2))  # a row that sees nothing is 0, not NaN
     queries_B1 = (query_index_BQ >= 0).sum(1, keepdim=True).clamp(min=1)
     return total_BN / (num_heads * queries_B1)

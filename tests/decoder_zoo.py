@@ -1,0 +1,162 @@
+"""Every causal LM class of the installed transformers, tiny; and dropping tokens written as attention masks."""
+
+import inspect
+import warnings
+
+import torch
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+NUM_LAYERS = 4
+WINDOW = 9
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "global_head_dim": 8,
+    "initializer_range": 0.3,
+    "max_position_embeddings": 512,
+    "sliding_window": WINDOW,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    # mixtures of experts
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "shared_intermediate_size": 16,
+    "expert_ffn_hidden_size": 16,
+    "ffn_hidden_size": 32,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_topk": 2,
+    "moe_k": 2,
+    "top_k_experts": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    # latent attention
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "qk_head_dim": 16,
+    "v_head_dim": 8,
+    # per-layer inputs
+    "vocab_size_per_layer_input": 61,
+    "hidden_size_per_layer_input": 8,
+    "laurel_rank": 4,
+    "num_kv_shared_layers": 0,
+}
+
+
+def causal_lms() -> list[str]:
+    """Name the classes behind `AutoModelForCausalLM`."""
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return sorted({name for entry in names for name in ([entry] if isinstance(entry, str) else entry)})
+
+
+def build_tiny(name: str):
+    """Build a class with random weights and four layers, where its configuration takes the sizes.
+
+    Raises:
+        Exception: of any kind, where it does not.
+    """
+    model_class = getattr(transformers, name)
+    config_class = model_class.config_class
+    if config_class.sub_configs:
+        raise ValueError(f"{name} is made of several models")
+    torch.manual_seed(0)
+    default = config_class()
+    fixed = {key for key, value in vars(config_class).items() if isinstance(value, property) and value.fset is None}
+    sizes = {key: value for key, value in SIZES.items() if key not in fixed and hasattr(default, key)}
+    if "kv_lora_rank" in sizes:
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]  # keys are expanded for every head
+    kinds = getattr(default, "layer_types", None)
+    if kinds is not None and "layer_types" not in fixed:
+        known = list(dict.fromkeys(kinds))
+        sizes["layer_types"] = [known[place % len(known)] for place in range(NUM_LAYERS)]
+    config = config_class(**sizes)
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        num_parameters = sum(parameter.numel() for parameter in model_class(config).parameters())
+    if num_parameters > 2_000_000:
+        raise ValueError(f"{name} has {num_parameters} parameters")
+    model = model_class(config).eval()
+    reports_sinks = name not in ("GraniteMoeSWAForCausalLM",)  # its eager attention returns weights without them
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.ndim < 2 and not parameter.any():
+                parameter.normal_(std=0.1)  # biases and sinks start at zero, which would hide them
+            if key.endswith("sinks") and not reports_sinks:
+                parameter.fill_(-30.0)
+    return model
+
+
+def masked(model, decoder, embeds_1SE, kept_after: dict[int, torch.Tensor], *, renumber: bool):
+    """Run the stock model and hide dropped tokens from the layers instead of taking them out.
+
+    Args:
+        model: a causal LM with eager attention, not patched.
+        decoder: its decoder.
+        embeds_1SE: one row.
+        kept_after: layer -> bool ``(S,)``, which tokens it and the next ones see.
+        renumber: whether positions close the gaps.
+
+    Returns:
+        Logits ``(S, V)``; those of dropped tokens mean nothing.
+    """
+    config, length = decoder.config, embeds_1SE.shape[1]
+
+    def hide(index, layer, args, kwargs):
+        stages = [stage for stage in kept_after if stage <= index]
+        if not stages:
+            return None
+        kept_S = kept_after[max(stages)]
+        places_S = kept_S.long().cumsum(0) - 1
+        distance = places_S[:, None] - places_S[None]
+        seen = (distance >= 0) & kept_S[None] | torch.eye(length, dtype=torch.bool)
+        kinds = getattr(config, "layer_types", None)
+        window = getattr(config, "sliding_window", None)
+        if window and (kinds is None or kinds[index] == "sliding_attention"):
+            seen &= distance < window
+        mask = torch.zeros(length, length).masked_fill(~seen, torch.finfo(torch.float32).min)
+        kwargs = {**kwargs, "attention_mask": mask[None, None]}
+        if renumber:
+            positions = places_S.clamp(min=0)[None]
+            given = inspect.signature(decoder.rotary_emb.forward).parameters
+            kind = {"layer_type": kinds[index]} if "layer_type" in given else {}
+            if kwargs["position_embeddings"] is not None:
+                kwargs["position_embeddings"] = decoder.rotary_emb(embeds_1SE, position_ids=positions, **kind)
+            if "position_ids" in kwargs:
+                kwargs["position_ids"] = positions
+        return args, kwargs
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda *a, index=index: hide(index, *a), with_kwargs=True)
+        for index, layer in enumerate(decoder.layers)
+    ]
+    try:
+        return model(inputs_embeds=embeds_1SE, use_cache=False).logits[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def quietly(function, *args, **kwargs):
+    """Call a function without the warnings of transformers."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return function(*args, **kwargs)
+    finally:
+        transformers.logging.set_verbosity(level)
