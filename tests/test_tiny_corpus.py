@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hico.data.mixture import read_mixture
 from hico.processing_hico import HicoProcessor
 from hico.tiny.corpus import CorpusSize, long_story, write_corpus
 from hico.tiny.exam import Answered, accuracy, accuracy_by_question, chance, read_exam
@@ -14,7 +15,6 @@ from hico.tiny.model import write_untrained
 from hico.tiny.scenes import COLORS, SCENE_SECONDS, draw_frame
 from hico.tiny.stories import story_of_counting, story_of_events
 from hico.train.config import load_recipes
-from hico.train.mixture import read_mixture
 from hico.video_io import read_video
 
 RECIPE = Path(__file__).parents[1] / "train" / "tiny" / "all.yaml"

@@ -7,18 +7,18 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_train_mixture import LLAVA, TALK, TALK_M, write_shard
+from test_data_mixture import LLAVA, TALK, TALK_M, write_shard
 from train_corpus import make, write_corpus, write_model
 
 from hico import HicoConfig, HicoProcessor
+from hico.data.dataset import BadRow, TrainingRows, label_marks
+from hico.data.decoding import SampleError
+from hico.data.mixture import DatasetSpec, Mixture
+from hico.data.records import parse_row
+from hico.data.rowfiles import RowFile
 from hico.prompt import label_mask
 from hico.tokenizer import byte_tokenizer
 from hico.train.__main__ import main
-from hico.train.dataset import BadRow, TrainingRows, label_marks
-from hico.train.decoding import SampleError
-from hico.train.mixture import DatasetSpec, Mixture
-from hico.train.records import parse_row
-from hico.train.rowfiles import RowFile
 
 # Rows -------------------------------------------------------------------------------------------------------------
 

@@ -12,10 +12,10 @@ import torch
 from train_corpus import history, losses, make, train, trainer_for, weights, write_model
 
 from hico import HicoForConditionalGeneration, cli
+from hico.data.dataset import TrainingRows
 from hico.train import run
 from hico.train.__main__ import main
 from hico.train.checkpoint import checkpoints, is_complete, read_manifest
-from hico.train.dataset import TrainingRows
 from hico.train.prepared import prepare
 from hico.train.report import dry_run
 

@@ -6,11 +6,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from train_corpus import make, write_corpus
 
 from hico import HicoForConditionalGeneration
+from hico.data.collator import Collator
+from hico.data.dataset import TrainingRows
+from hico.data.lengths import estimate_lengths
 from hico.llm_dropout.schedule import DropSchedule
 from hico.train import run
-from hico.train.collator import Collator
-from hico.train.dataset import TrainingRows
-from hico.train.lengths import estimate_lengths
 from hico.train.parts import freeze
 from hico.train.throughput import FlopCounter, Meter, TokenLoss
 from hico.train.trainer import row_sizes

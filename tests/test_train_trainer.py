@@ -10,12 +10,12 @@ from PIL import Image
 from train_corpus import history, losses, make, train, trainer_for, weights, write_model
 
 from hico import HicoForConditionalGeneration, HicoProcessor
+from hico.data.collator import Collator
+from hico.data.dataset import BadRow, TrainingRows, label_marks
+from hico.data.decoding import SampleError
 from hico.prompt import IGNORE_INDEX, label_mask
 from hico.train import run
 from hico.train.__main__ import main
-from hico.train.collator import Collator
-from hico.train.dataset import BadRow, TrainingRows, label_marks
-from hico.train.decoding import SampleError
 from hico.train.throughput import TokenLoss
 
 
@@ -382,7 +382,7 @@ def test_a_stuck_decoder_is_a_bad_row(folder, monkeypatch):
 
     recipe = make(folder, on_bad_sample="skip", decode_timeout=0.3)
     dataset, _ = examples(recipe, [])
-    monkeypatch.setattr("hico.train.dataset.read_video", stuck)
+    monkeypatch.setattr("hico.data.dataset.read_video", stuck)
     bad = dataset[0, 0]
     assert isinstance(bad, BadRow)
     assert "longer than 0.3 s" in bad.reason

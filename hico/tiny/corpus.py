@@ -143,7 +143,7 @@ def text_rows(rng: np.random.Generator, count: int) -> Iterator[dict[str, Any]]:
 
 
 def track_row(rng: np.random.Generator, path: str, story: Story) -> dict[str, Any]:
-    """Return a caption row with what `hico.train.tracks` needs: what moves, and its box in every second of a scene.
+    """Return a caption row with what `hico.tiny.tracks` needs: what moves, and its box in every second of a scene.
 
     Boxes are left, top, right, bottom, as shares of the frame's sides.
     """

@@ -11,8 +11,8 @@ from typing import NoReturn
 
 import torch
 
+from hico.data.decoding import SampleError
 from hico.train.config import load_recipes, parse_overrides
-from hico.train.decoding import SampleError
 
 BAD_INPUT = (ValueError, OSError, ImportError, SampleError)
 

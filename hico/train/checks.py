@@ -21,14 +21,14 @@ from transformers.utils.logging import log_levels
 from hico.configuration_hico import HicoConfig
 from hico.convert.plan import Expected, make_plan
 from hico.convert.sources import Source, published_to_hico
+from hico.data.dataset import frame_settings, label_marks
+from hico.data.fields import check_keys, check_types, nearest_hint
+from hico.data.mixture import MODALITIES, check_reader
 from hico.processing_hico import HicoProcessor
 from hico.prompt import label_mask
 from hico.shards import CheckpointError
 from hico.train.config import Recipe
-from hico.train.dataset import frame_settings, label_marks
-from hico.train.fields import check_keys, check_types, nearest_hint
 from hico.train.lora import folder_below, lora_config
-from hico.train.mixture import MODALITIES, check_reader
 from hico.video_io import ReadSettings, read_video
 
 _ELSEWHERE = (

@@ -1,16 +1,15 @@
 """Recipes: what a stage trains, on what, and how. YAML files extend the presets of `hico.train.stages`."""
 
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import TrainingArguments
 
-from hico.train.fields import check_keys, check_ranges, check_types, nearest_hint
+from hico.data.fields import check_keys, check_ranges, check_types, nearest_hint
+from hico.data.settings import RowSettings
+from hico.data.yaml_files import parse_yaml, read_yaml
 from hico.train.stages import STAGES
 
 PARTS = ("encoder", "compressor", "projector", "llm")
@@ -27,7 +26,7 @@ RANGES = {
     ),
     "from 0 to 1": ("max_bad_fraction",),
 }
-"""How a range is called in `hico.train.fields` -> the keys of recipes that must lie in it."""
+"""How a range is called in `hico.data.fields` -> the keys of recipes that must lie in it."""
 DECIDED = {
     "remove_unused_columns": "a row keeps what the model takes",
     "resume_from_checkpoint": "a run goes on after its last checkpoint by itself",
@@ -45,7 +44,7 @@ DECIDED = {
 
 
 @dataclass(kw_only=True)
-class Recipe:
+class Recipe(RowSettings):
     """One stage of training.
 
     Every other key of a recipe file is a field of `transformers.TrainingArguments` and is kept in ``arguments``.
@@ -66,31 +65,17 @@ class Recipe:
     sampling_strategy: str = "all"
     """Rows to take of every dataset, after the dataset's own strategy."""
     objective: str = "answers"
-    """What is learned: ``answers``; or ``tracks``, the encoder alone on what moves, see `hico.train.tracks`."""
+    """What is learned: ``answers``; or ``tracks``, the encoder alone on what moves, see `hico.tiny.tracks`."""
     trainable: list[str] = field(default_factory=lambda: list(PARTS))
     """Parts that learn; the others are frozen."""
     part_learning_rates: dict[str, float] = field(default_factory=dict)
     """Part -> learning rate, where it differs from ``learning_rate``."""
-    frame_sampling: str = "dynamic_fps1"
-    """How frames are chosen: a mode of `hico.video_io.read_video`."""
-    min_frames: int = 4
-    """Fewest frames of a video."""
-    max_frames: int = 8
-    """Most frames of a video."""
-    video: dict[str, Any] = field(default_factory=dict)
-    """Further settings of `hico.video_io.read_video`, such as ``{scaler: fast, exact: false}``."""
     image_size: int | None = None
     """Pixels per side that the encoder sees; the checkpoint's if omitted."""
     model_config: dict[str, Any] = field(default_factory=dict)
     """Further changes to the checkpoint's configuration, nested as there."""
     attn_implementation: str | None = None
     """Attention of the LLM, as transformers names it (``sdpa``, ``flash_attention_2``); its default if omitted."""
-    time_message: str | None = "short"
-    """Sentence about duration and sampling after each video: ``short``, ``long`` or nothing."""
-    label_scheme: str = "assistant"
-    """What is learned: a scheme of `hico.prompt.label_mask`."""
-    max_length: int = 32768
-    """Tokens of a row at most, visual tokens included."""
     global_batch_size: int | None = None
     """Rows per optimizer step over all devices; sets the gradient accumulation."""
     group_by_length: bool = False
@@ -99,12 +84,8 @@ class Recipe:
     """Token budget of a batch on one device, instead of ``per_device_train_batch_size`` rows."""
     packing: bool = False
     """Concatenate the rows of a batch into one sequence, without attention across them."""
-    on_bad_sample: str = "raise"
-    """What a row that cannot be read does: ``raise`` or ``skip``."""
     max_bad_fraction: float = 0.01
     """Share of skipped rows that stops the run."""
-    decode_timeout: float | None = 120.0
-    """Seconds after which the decoding of a row is killed; no limit if null."""
     check_files: bool = True
     """Look for every file of the mixture before the first step."""
     drop_schedule: str | list | dict | None = None
@@ -293,66 +274,8 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
         key, equals, value = word[2:].partition("=")
         if not equals:
             value = words.pop(0) if words and not words[0].startswith("--") else "true"
-        overrides[key.replace("-", "_")] = _parse_yaml(value, f"the value of --{key}")
+        overrides[key.replace("-", "_")] = parse_yaml(value, f"the value of --{key}")
     return overrides
-
-
-class YamlLoader(yaml.SafeLoader):
-    """YAML 1.1 with the floats and truth values of YAML 1.2: ``1e-5`` is a number, ``save_strategy: no`` a word.
-
-    A key that stands twice in a mapping is an error.
-    """
-
-    def construct_mapping(self, node, deep=False):
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for number, key in enumerate(keys):
-            if key.value in [before.value for before in keys[:number]]:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
-        return super().construct_mapping(node, deep=deep)
-
-
-_BOOL = "tag:yaml.org,2002:bool"
-YamlLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-YamlLoader.add_implicit_resolver(_BOOL, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
-    list("-+0123456789."),
-)
-
-
-def read_yaml(path: Path) -> Any:
-    """Read a YAML file, with ``${NAME}`` in its texts taken from the environment.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not YAML, or a variable is not set.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no recipe or mixture file {path}")
-    return _expand(_parse_yaml(path.read_bytes(), str(path)), path)
-
-
-def _parse_yaml(text: str | bytes, what: str) -> Any:
-    try:
-        return yaml.load(text, Loader=YamlLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{what} is not YAML: {error}") from error
-
-
-def _expand(value: Any, path: Path) -> Any:
-    if isinstance(value, dict):
-        return {key: _expand(item, path) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_expand(item, path) for item in value]
-    if isinstance(value, str):
-        value = os.path.expandvars(value)
-        if unset := re.search(r"\$\{(\w+)\}", value):
-            raise ValueError(f"{path} uses ${{{unset.group(1)}}}, which is not set; export it or write the path")
-    return value
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from hico.configuration_hico import HicoConfig
+from hico.data.fields import check_keys, check_ranges, check_types
 from hico.modeling_hico import HicoForConditionalGeneration
 from hico.processing_hico import HicoProcessor
-from hico.train.fields import check_keys, check_ranges, check_types
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTER_CONFIG = "adapter_config.json"

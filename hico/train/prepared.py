@@ -11,15 +11,15 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hico.configuration_hico import HicoConfig
 from hico.convert.sources import HICO, Source
+from hico.data.batching import BatchRule, BatchSampler
+from hico.data.dataset import frame_settings
+from hico.data.lengths import estimate_lengths
+from hico.data.mixture import Mixture, read_mixture
 from hico.llm_dropout.schedule import DropSchedule
 from hico.processing_hico import HicoProcessor
 from hico.train import provenance
-from hico.train.batching import BatchRule, BatchSampler
 from hico.train.checks import check_frames, check_processor, check_weights
 from hico.train.config import Recipe, nearest_hint
-from hico.train.dataset import frame_settings
-from hico.train.lengths import estimate_lengths
-from hico.train.mixture import Mixture, read_mixture
 
 
 @dataclass

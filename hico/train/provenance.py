@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from transformers import TrainingArguments
 
+from hico.data.batching import BatchSampler
+from hico.data.mixture import Mixture
+from hico.data.yaml_files import read_yaml
 from hico.train import checkpoint
-from hico.train.batching import BatchSampler
-from hico.train.config import Recipe, read_yaml
-from hico.train.mixture import Mixture
+from hico.train.config import Recipe
 
 _DATA = ("started_from", "seed", "datasets", "order")
 """What a run must have in common with the checkpoint that it goes on from."""

@@ -10,17 +10,16 @@ from typing import Any
 
 from transformers import TrainingArguments, set_seed
 
+from hico.data.dataset import TrainingRows
 from hico.train import checkpoint, provenance
 from hico.train.checks import check_recipe
 from hico.train.config import Recipe
-from hico.train.dataset import TrainingRows
 from hico.train.lora import add_lora, load_model
 from hico.train.parts import freeze
 from hico.train.prepared import Prepared, load_config, prepare
 from hico.train.safeguards import BadRows
 from hico.train.stage_trainer import StageTrainer
 from hico.train.throughput import FlopCounter, peak_tflops
-from hico.train.tracks import TrackTrainer
 from hico.train.trainer import HicoTrainer, unwrapped
 
 logger = logging.getLogger(__name__)
@@ -92,6 +91,8 @@ def make_trainer(recipe: Recipe, args: TrainingArguments, prepared: Prepared) ->
     }
     dataset = TrainingRows(prepared.mixture, prepared.processor, recipe, seed=args.seed)
     if recipe.objective == "tracks":
+        from hico.tiny.tracks import TrackTrainer
+
         return TrackTrainer(model, args, rows=dataset, **common)
     if recipe.lora is not None:
         model = add_lora(model, recipe.lora, trainable=recipe.trainable)

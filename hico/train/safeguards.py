@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from hico.train.dataset import BadRow
-from hico.train.decoding import SampleError
+from hico.data.dataset import BadRow
+from hico.data.decoding import SampleError
 
 logger = logging.getLogger(__name__)
 

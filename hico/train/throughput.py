@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hico.data.mixture import MODALITIES
 from hico.llm_dropout.schedule import DropSchedule
-from hico.train.mixture import MODALITIES
 
 PEAK_TFLOPS = {
     "B200": 2250,

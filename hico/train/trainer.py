@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from hico.data.batching import BatchSampler, EpochLoader
+from hico.data.collator import Collator
+from hico.data.dataset import TrainingRows
 from hico.prompt import IGNORE_INDEX
-from hico.train.batching import BatchSampler, EpochLoader
-from hico.train.collator import Collator
 from hico.train.config import Recipe
-from hico.train.dataset import TrainingRows
 from hico.train.parts import parameter_groups
 from hico.train.safeguards import outlive_sigterm
 from hico.train.stage_trainer import StageTrainer

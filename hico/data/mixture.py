@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from hico.train.config import read_yaml
-from hico.train.fields import check_keys, check_ranges, check_types
-from hico.train.records import Record, parse_row
-from hico.train.rowfiles import RowFile, Shard, ShardMember, exists
+from hico.data.fields import check_keys, check_ranges, check_types
+from hico.data.records import Record, parse_row
+from hico.data.rowfiles import RowFile, Shard, ShardMember, exists
+from hico.data.yaml_files import read_yaml
 from hico.video_io import READERS
 
 MODALITIES = ("text", "image", "video")

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from hico.train.decoding import SampleError, TimedReader
+from hico.data.decoding import SampleError, TimedReader
 
 
 def read(what):

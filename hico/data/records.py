@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from reprlib import repr as shown
 from typing import Any
 
-from hico.train.rowfiles import RowFile, Shard, ShardMember
+from hico.data.rowfiles import RowFile, Shard, ShardMember
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _PLACEHOLDER = re.compile(r"(<image>|<video>)")

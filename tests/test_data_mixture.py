@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hico.train.mixture import DatasetSpec, Mixture, read_mixture, select_rows
-from hico.train.records import Media, parse_row
-from hico.train.rowfiles import RowFile, Shard, ShardMember
+from hico.data.mixture import DatasetSpec, Mixture, read_mixture, select_rows
+from hico.data.records import Media, parse_row
+from hico.data.rowfiles import RowFile, Shard, ShardMember
 
 LLAVA = {
     "video": "a.mp4",

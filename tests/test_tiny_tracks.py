@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hico.data.decoding import SampleError
 from hico.encoders.umt import UMTEncoder
 from hico.tiny.corpus import CorpusSize, write_corpus
 from hico.tiny.model import write_untrained
+from hico.tiny.tracks import TrackModel, TrackTrainer, shown_patches
 from hico.train import checkpoint
 from hico.train.config import make_recipe
-from hico.train.decoding import SampleError
 from hico.train.run import run_stage
-from hico.train.tracks import TrackModel, TrackTrainer, shown_patches
 
 
 @pytest.fixture(scope="module")

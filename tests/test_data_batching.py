@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hico.train.batching import BatchRule, BatchSampler, compose_batches
+from hico.data.batching import BatchRule, BatchSampler, compose_batches
 
 ROWS = st.integers(1, 60).flatmap(
     lambda n: st.tuples(

@@ -11,14 +11,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hico.data.batching import Key
+from hico.data.decoding import SampleError, TimedReader
+from hico.data.mixture import MODALITIES, Mixture
+from hico.data.records import Media, Record
+from hico.data.rowfiles import open_source
+from hico.data.settings import RowSettings
 from hico.processing_hico import HicoProcessor
 from hico.prompt import IGNORE_INDEX, IMAGE_TOKEN, VIDEO_TOKEN, label_mask
-from hico.train.batching import Key
-from hico.train.config import Recipe
-from hico.train.decoding import SampleError, TimedReader
-from hico.train.mixture import MODALITIES, Mixture
-from hico.train.records import Media, Record
-from hico.train.rowfiles import open_source
 from hico.video_io import Video, read_video
 
 
@@ -37,17 +37,17 @@ class TrainingRows(Dataset):
     Args:
         mixture: the rows.
         processor: writes prompts and prepares pixels.
-        recipe: frames, labels, lengths, and what to do with bad rows.
+        settings: frames, labels, lengths, and what to do with bad rows.
         seed: of random frame sampling; a row's draw depends on it, the epoch and the row's number alone.
     """
 
-    def __init__(self, mixture: Mixture, processor: HicoProcessor, recipe: Recipe, *, seed: int):
-        self.mixture, self.processor, self.recipe, self.seed = mixture, processor, recipe, seed
+    def __init__(self, mixture: Mixture, processor: HicoProcessor, settings: RowSettings, *, seed: int):
+        self.mixture, self.processor, self.settings, self.seed = mixture, processor, settings, seed
         self.marks = label_marks(processor.tokenizer)
         self.visual_ids = torch.tensor(processor.tokenizer.convert_tokens_to_ids([VIDEO_TOKEN, IMAGE_TOKEN]))
         vision = processor.vision
-        settings = {**frame_settings(recipe), **recipe.video, "size": vision.image_size, "clip_len": vision.clip_len}
-        self._read = TimedReader(partial(read_media, settings=settings), recipe.decode_timeout)
+        video = {**frame_settings(settings), **settings.video, "size": vision.image_size, "clip_len": vision.clip_len}
+        self._read = TimedReader(partial(read_media, settings=video), settings.decode_timeout)
 
     def __len__(self) -> int:
         return len(self.mixture)
@@ -70,7 +70,7 @@ class TrainingRows(Dataset):
         try:
             return self._example(record, row_seed(self.seed, epoch, index), self.mixture.spec(index).video_settings)
         except SampleError as error:
-            if self.recipe.on_bad_sample == "skip":
+            if self.settings.on_bad_sample == "skip":
                 return BadRow(index, record.where, str(error))
             raise SampleError(
                 f"the row at {record.where} cannot be read: {error}. "
@@ -96,14 +96,14 @@ class TrainingRows(Dataset):
         return self._fit(example)
 
     def _labels(self, input_ids: Tensor) -> Tensor:
-        learned = torch.tensor(label_mask(input_ids.tolist(), scheme=self.recipe.label_scheme, **self.marks))
+        learned = torch.tensor(label_mask(input_ids.tolist(), scheme=self.settings.label_scheme, **self.marks))
         learned &= ~torch.isin(input_ids, self.visual_ids)
         # Nothing stands before the first token to predict it from, and in a packed sequence it would be another row.
         learned[0] = False
         return input_ids.masked_fill(~learned, IGNORE_INDEX)
 
     def _fit(self, example: dict[str, Any]) -> dict[str, Any]:
-        limit, length = self.recipe.max_length, len(example["input_ids"])
+        limit, length = self.settings.max_length, len(example["input_ids"])
         if length > limit:
             visual = int(torch.isin(example["input_ids"], self.visual_ids).sum())
             kept = example["input_ids"][:limit]
@@ -118,14 +118,14 @@ class TrainingRows(Dataset):
         return example
 
 
-def frame_settings(recipe: Recipe) -> dict[str, Any]:
-    """Return what a recipe says about frames in the words of `hico.sampling.sample_frames`.
+def frame_settings(settings: RowSettings) -> dict[str, Any]:
+    """Return what is said about frames in the words of `hico.sampling.sample_frames`.
 
     ``middle`` and ``rand`` take ``max_frames``, however long the video.
     """
-    if recipe.frame_sampling in ("middle", "rand"):
-        return {"mode": recipe.frame_sampling, "num_frames": recipe.max_frames}
-    return {"mode": recipe.frame_sampling, "min_frames": recipe.min_frames, "max_frames": recipe.max_frames}
+    if settings.frame_sampling in ("middle", "rand"):
+        return {"mode": settings.frame_sampling, "num_frames": settings.max_frames}
+    return {"mode": settings.frame_sampling, "min_frames": settings.min_frames, "max_frames": settings.max_frames}
 
 
 def read_media(

@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from hico.data.dataset import BadRow, TrainingRows
+from hico.data.decoding import SampleError
+from hico.data.mixture import Mixture
 from hico.encoders.base import VisionEncoder
 from hico.modeling_hico import HicoForConditionalGeneration
 from hico.preprocessing import normalize_pixels
-from hico.train.dataset import BadRow, TrainingRows
-from hico.train.decoding import SampleError
-from hico.train.mixture import Mixture
 from hico.train.safeguards import BadRows
 from hico.train.stage_trainer import StageTrainer
 
@@ -99,7 +99,7 @@ class Tracks(Dataset):
 
     Raises:
         ValueError: if a row lacks them, or its video is not one clip.
-        SampleError: if rows cannot be read, as `hico.train.dataset.TrainingRows` and `BadRows` say.
+        SampleError: if rows cannot be read, as `hico.data.dataset.TrainingRows` and `BadRows` say.
     """
 
     def __init__(self, rows: TrainingRows, *, bad_rows: BadRows, num_workers: int = 0):

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hico.data.dataset import BadRow
+from hico.data.mixture import MODALITIES
 from hico.processing_hico import HicoProcessor
 from hico.prompt import IGNORE_INDEX, IMAGE_TOKEN, VIDEO_TOKEN
-from hico.train.dataset import BadRow
-from hico.train.mixture import MODALITIES
 
 PIXELS = ("pixel_values_videos", "video_num_clips", "pixel_values", "image_grids")
 

@@ -1,0 +1,1 @@
+"""Rows and batches, for training and evaluation alike: files of rows, mixtures, examples, lengths, batches."""
