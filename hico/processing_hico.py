@@ -20,6 +20,7 @@ from hico.prompt import (
     VIDEO_TOKEN,
     expand_placeholders,
     insert_time_message,
+    take_answers,
 )
 from hico.prompt import time_message as write_time_message
 from hico.published import is_published, translate
@@ -76,6 +77,7 @@ class HicoProcessor(ProcessorMixin):
         ReadSettings.of(self.video)
         write_time_message(time_message, duration=0.0, seconds=[])
         self.time_message = time_message
+        self._known_templates: dict[str, bool] = {}
         self.image_tiling = image_tiling if isinstance(image_tiling, str) else [tuple(grid) for grid in image_tiling]
 
     @classmethod
@@ -143,7 +145,8 @@ class HicoProcessor(ProcessorMixin):
         Returns:
             ``input_ids`` and ``attention_mask`` ``(B, S)``; with videos ``pixel_values_videos`` ``(N, T, 3, H, W)``
             uint8 and ``video_num_clips`` ``(V,)``; with images ``pixel_values`` ``(M, 3, H, W)`` uint8 and
-            ``image_grids`` ``(I, 2)``.
+            ``image_grids`` ``(I, 2)``; where texts mark answers (`hico.prompt.ANSWER_MARKS`) ``assistant_masks``
+            ``(B, S)``, 1 for every token with a character of theirs.
 
         Raises:
             ValueError: if placeholders and media do not match in number, or a medium cannot be read.
@@ -157,8 +160,15 @@ class HicoProcessor(ProcessorMixin):
         texts = expand_placeholders(texts, VIDEO_TOKEN, [self._video_text(video) for video in videos])
         image_texts = [IMAGE_TOKEN * self.vision.num_image_tokens(grid) for grid in grids]
         texts = expand_placeholders(texts, IMAGE_TOKEN, image_texts)
+        texts, answers = map(list, zip(*map(take_answers, texts), strict=True))
+        if self.tokenizer.bos_token and texts[0].startswith(self.tokenizer.bos_token):
+            tokenizer_kwargs.setdefault("add_special_tokens", False)  # the chat template wrote them
+        if any(answers):
+            tokenizer_kwargs["return_offsets_mapping"] = True
         data = dict(self.tokenizer(texts, padding=padding, **tokenizer_kwargs))
         data.pop("token_type_ids", None)
+        if any(answers):
+            data["assistant_masks"] = list(map(_inside, data.pop("offset_mapping"), answers))
         if images:
             data |= {"pixel_values": torch.cat(tiles), "image_grids": torch.tensor(grids)}
         decoded = [video for video in videos if isinstance(video, Video)]
@@ -203,16 +213,9 @@ class HicoProcessor(ProcessorMixin):
             raise ValueError("the conversation has no messages; give at least one")
         is_batch = not isinstance(conversation[0], Mapping)
         conversations = conversation if is_batch else [conversation]
-        texts = [
-            self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=chat_template or self.chat_template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-            )
-            for messages in conversations
-        ]
+        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        template = chat_template or self.chat_template
+        texts = [self._write(messages, template, **options) for messages in conversations]
         if not tokenize:
             _refuse_unknown(kwargs, known=TextKwargs.__annotations__)
             return texts if is_batch else texts[0]
@@ -222,6 +225,22 @@ class HicoProcessor(ProcessorMixin):
         images = [_source(part, "image") for part in parts if part["type"] == "image"]
         inputs = self(texts, images=images, videos=videos, **kwargs)
         return inputs if return_dict else inputs["input_ids"]
+
+    def _write(self, messages: Sequence[Mapping[str, Any]], template: str, **options: Any) -> str:
+        if any(not isinstance(message["content"], str) for message in messages) and not self._takes_parts(template):
+            messages = [{**message, "content": _as_text(message["content"])} for message in messages]
+        return self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
+
+    def _takes_parts(self, template: str) -> bool:
+        """Say whether a template writes contents of several parts; that of an LLM takes texts only."""
+        if template not in self._known_templates:
+            probe = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Hello"}]}]
+            try:
+                text = self.tokenizer.apply_chat_template(probe, chat_template=template, tokenize=False)
+            except Exception:  # templates fail in any way at what they do not expect
+                text = ""
+            self._known_templates[template] = VIDEO_TOKEN in text and "Hello" in text and "'type'" not in text
+        return self._known_templates[template]
 
     def _open_part(self, part: Mapping[str, Any], video_kwargs: Mapping[str, Any]) -> Video | VideoStream:
         own = {key: value for key, value in part.items() if key not in ("type", "path", "video", "url")}
@@ -287,6 +306,20 @@ def split_clips(frames_FCHW: Tensor, clip_len: int) -> Tensor:
     if missing:
         frames_FCHW = torch.cat([frames_FCHW, frames_FCHW[-1:].expand(missing, -1, -1, -1)])
     return frames_FCHW.unflatten(0, (-1, clip_len))
+
+
+def _as_text(content: str | Sequence[Mapping[str, Any]]) -> str:
+    """Write the parts of a turn as `CHAT_TEMPLATE` does: a newline follows a video or image."""
+    if isinstance(content, str):
+        return content
+    signs = {"video": VIDEO_TOKEN + "\n", "image": IMAGE_TOKEN + "\n"}
+    texts = [part["text"] if part["type"] == "text" else signs[part["type"]] for part in content]
+    return "".join(texts[:-1]) + texts[-1] if content[-1]["type"] == "text" else "".join(texts).removesuffix("\n")
+
+
+def _inside(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
+    """Say of tokens at offsets of characters whether they hold any character of the spans."""
+    return [int(any(start < b and max(end, start + 1) > a for a, b in spans)) for start, end in offsets]
 
 
 def _media_parts(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -7,6 +7,8 @@ IMAGE_TOKEN = "<|image_pad|>"
 VIDEO_TOKEN = "<|video_pad|>"
 DEFAULT_SYSTEM_MESSAGE = "You are a helpful assistant."
 IGNORE_INDEX = -100
+ANSWER_MARKS = ("\ufdd0", "\ufdd1")
+"""Stand around answers in a text until it is tokenized; Unicode keeps these characters out of all other text."""
 
 CHAT_TEMPLATE = (
     "{%- if messages[0].role != 'system' -%}"
@@ -89,6 +91,21 @@ def expand_placeholders(texts: Sequence[str], placeholder: str, replacements: Se
         )
     rest = iter(replacements)
     return [re.sub(re.escape(placeholder), lambda _: next(rest), text) for text in texts]
+
+
+def take_answers(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """Take the marks around answers out of a text.
+
+    Returns:
+        The text without them, and where every answer begins and ends in it.
+    """
+    before, *answers = text.split(ANSWER_MARKS[0])
+    plain, spans = before, []
+    for answer in answers:
+        inside, _, after = answer.partition(ANSWER_MARKS[1])
+        spans.append((len(plain), len(plain) + len(inside)))
+        plain += inside + after
+    return plain, spans
 
 
 def label_mask(

@@ -11,12 +11,13 @@ from test_data_mixture import LLAVA, TALK, TALK_M, write_shard
 from train_corpus import make, write_corpus, write_model
 
 from hico import HicoConfig, HicoProcessor
-from hico.data.dataset import BadRow, TrainingRows, label_marks
+from hico.data.dataset import BadRow, TrainingRows
 from hico.data.decoding import SampleError
+from hico.data.labels import Labels
 from hico.data.mixture import DatasetSpec, Mixture
 from hico.data.records import parse_row
 from hico.data.rowfiles import RowFile
-from hico.prompt import label_mask
+from hico.prompt import ANSWER_MARKS
 from hico.tokenizer import byte_tokenizer
 from hico.train.__main__ import main
 
@@ -85,8 +86,8 @@ def test_a_row_is_refused_with_its_place_or_can_be_learned_from(row, tmp_path, p
         assert refusal.startswith(f"malformed row at {path}:2: ")
         assert len(refusal) < 1000
         return
-    text = processor.apply_chat_template(record.messages)
-    learned = label_mask(processor.tokenizer(text)["input_ids"], **label_marks(processor.tokenizer))
+    text = Labels(processor).mark(record.messages)
+    learned = processor.tokenizer(text[text.index(ANSWER_MARKS[0]) + 1 :])["input_ids"]
     placed = [part["type"] for turn in record.messages for part in turn["content"] if part["type"] != "text"]
     assert any(learned)
     assert placed == [item.kind for item in record.media]
@@ -262,7 +263,7 @@ def test_adapters_are_checked_with_the_model_below(corpus, monkeypatch, capfd, t
             "{{ raise_exception('no system turn') }}",
             "the chat template cannot be used: no system",
         ),
-        ("chat_template.jinja", "{{ messages[0].role }}", "writes 'user', which is not ChatML"),
+        ("chat_template.jinja", "{{ messages[0].role }}", "loses What?, Yes."),
         ("model.safetensors", "", "cut off inside its header"),
         ("adapter_config.json", "{}", "names no model that its adapters belong to"),
         (

@@ -11,8 +11,9 @@ from train_corpus import history, losses, make, train, trainer_for, weights, wri
 
 from hico import HicoForConditionalGeneration, HicoProcessor
 from hico.data.collator import Collator
-from hico.data.dataset import BadRow, TrainingRows, label_marks
+from hico.data.dataset import BadRow, TrainingRows
 from hico.data.decoding import SampleError
+from hico.data.labels import label_marks
 from hico.prompt import IGNORE_INDEX, label_mask
 from hico.train import run
 from hico.train.__main__ import main

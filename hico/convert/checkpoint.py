@@ -178,8 +178,9 @@ def _assemble(
         _copy_generation_config(source.path, folder)
         if tokenizer:
             tokenizer.padding_side = "left"
-            # The template of an LLM takes text only; the models here are trained on ChatML.
-            HicoProcessor.from_config(config, tokenizer, chat_template=CHAT_TEMPLATE).save_pretrained(folder)
+            # The models here are trained on ChatML; an LLM that does not know it keeps its own language.
+            template = CHAT_TEMPLATE if "<|im_start|>" in tokenizer.get_vocab() else tokenizer.chat_template
+            HicoProcessor.from_config(config, tokenizer, chat_template=template).save_pretrained(folder)
         _save_config(config, plan, folder)
     return Report(f"{source.path} and {encoder}", target, plan, notes=notes)
 

@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from hico.data.batching import Key
 from hico.data.decoding import SampleError, TimedReader
+from hico.data.labels import Labels
 from hico.data.mixture import MODALITIES, Mixture
 from hico.data.records import Media, Record
 from hico.data.rowfiles import open_source
 from hico.data.settings import RowSettings
 from hico.processing_hico import HicoProcessor
-from hico.prompt import IGNORE_INDEX, IMAGE_TOKEN, VIDEO_TOKEN, label_mask
+from hico.prompt import IGNORE_INDEX
 from hico.video_io import Video, read_video
 
 
@@ -43,8 +43,8 @@ class TrainingRows(Dataset):
 
     def __init__(self, mixture: Mixture, processor: HicoProcessor, settings: RowSettings, *, seed: int):
         self.mixture, self.processor, self.settings, self.seed = mixture, processor, settings, seed
-        self.marks = label_marks(processor.tokenizer)
-        self.visual_ids = torch.tensor(processor.tokenizer.convert_tokens_to_ids([VIDEO_TOKEN, IMAGE_TOKEN]))
+        self.labels = Labels(processor, settings.label_scheme)
+        self.visual_ids = self.labels.visual_ids
         vision = processor.vision
         video = {**frame_settings(settings), **settings.video, "size": vision.image_size, "clip_len": vision.clip_len}
         self._read = TimedReader(partial(read_media, settings=video), settings.decode_timeout)
@@ -79,28 +79,21 @@ class TrainingRows(Dataset):
 
     def _example(self, record: Record, seed: int, video_settings: dict[str, Any]) -> dict[str, Any]:
         media = self._read(record.media, seed, video_settings) if record.media else []
-        text = self.processor.apply_chat_template(record.messages)
         try:
             batch = self.processor(
-                [text],
+                [self.labels.mark(record.messages)],
                 images=[item for item in media if not isinstance(item, Video)] or None,
                 videos=[_with_tensor(item) for item in media if isinstance(item, Video)] or None,
                 padding=False,
             )
         except ValueError as error:
             raise SampleError(str(error)) from error
-        example = {name: value for name, value in batch.items() if name != "attention_mask"}
-        example["input_ids"] = batch["input_ids"][0]
-        example["labels"] = self._labels(example["input_ids"])
+        example = {name: value for name, value in batch.items() if name not in ("attention_mask", "assistant_masks")}
+        example["input_ids"] = ids = batch["input_ids"][0]
+        answers = batch["assistant_masks"][0] if "assistant_masks" in batch else torch.zeros_like(ids)
+        example["labels"] = ids.masked_fill(~self.labels.learned(ids, answers), IGNORE_INDEX)
         example["modality"] = MODALITIES.index(record.modality)
         return self._fit(example)
-
-    def _labels(self, input_ids: Tensor) -> Tensor:
-        learned = torch.tensor(label_mask(input_ids.tolist(), scheme=self.settings.label_scheme, **self.marks))
-        learned &= ~torch.isin(input_ids, self.visual_ids)
-        # Nothing stands before the first token to predict it from, and in a packed sequence it would be another row.
-        learned[0] = False
-        return input_ids.masked_fill(~learned, IGNORE_INDEX)
 
     def _fit(self, example: dict[str, Any]) -> dict[str, Any]:
         limit, length = self.settings.max_length, len(example["input_ids"])
@@ -149,21 +142,6 @@ def read_media(
 def row_seed(seed: int, epoch: int, index: int) -> int:
     """Return the seed of a row's random choices."""
     return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1)[0])
-
-
-def label_marks(tokenizer) -> dict[str, Any]:
-    """Return the token ids by which `hico.prompt.label_mask` reads a conversation.
-
-    Raises:
-        ValueError: if the tokenizer does not know ChatML.
-    """
-    marks = {}
-    for name, text in (("start_id", "<|im_start|>"), ("end_id", "<|im_end|>"), ("newline_id", "\n")):
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        if len(ids) != 1:
-            raise ValueError(f"the tokenizer writes {text!r} as {len(ids)} tokens; training needs a ChatML tokenizer")
-        marks[name] = ids[0]
-    return {**marks, "assistant_ids": tokenizer.encode("assistant", add_special_tokens=False)}
 
 
 def _read_video(item: Media, settings: dict[str, Any]) -> Video:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
@@ -21,11 +20,9 @@ from transformers.utils.logging import log_levels
 from hico.configuration_hico import HicoConfig
 from hico.convert.plan import Expected, make_plan
 from hico.convert.sources import Source, published_to_hico
-from hico.data.dataset import frame_settings, label_marks
+from hico.data.dataset import frame_settings
 from hico.data.fields import check_keys, check_types, nearest_hint
 from hico.data.mixture import MODALITIES, check_reader
-from hico.processing_hico import HicoProcessor
-from hico.prompt import label_mask
 from hico.shards import CheckpointError
 from hico.train.config import Recipe
 from hico.train.lora import folder_below, lora_config
@@ -201,24 +198,6 @@ def check_weights(folder: Path, config: HicoConfig) -> None:
             f"the weights in {folder} are of other sizes or names than its configuration with the recipe's changes "
             f"(image_size, model_config) asks for: {error}"
         ) from error
-
-
-def check_processor(processor: HicoProcessor) -> None:
-    """Check that a processor can write a conversation from which there is something to learn.
-
-    Raises:
-        ValueError: if its tokenizer cannot pad, or it does not speak ChatML.
-    """
-    tokenizer = processor.tokenizer
-    if tokenizer.pad_token_id is None:
-        raise ValueError("the tokenizer has no padding token; set pad_token in its tokenizer_config.json")
-    turns = [{"role": role, "content": [{"type": "text", "text": "Hello."}]} for role in ("user", "assistant")]
-    try:
-        text = processor.apply_chat_template(turns)
-    except TemplateError as error:
-        raise ValueError(f"the chat template cannot be used: {error}") from error
-    if not any(label_mask(tokenizer(text)["input_ids"], **label_marks(tokenizer))):
-        raise ValueError(f"the chat template writes {text!r}, which is not ChatML; training needs that")
 
 
 def zero_stage(recipe: Recipe) -> int | None:

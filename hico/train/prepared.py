@@ -13,12 +13,13 @@ from hico.configuration_hico import HicoConfig
 from hico.convert.sources import HICO, Source
 from hico.data.batching import BatchRule, BatchSampler
 from hico.data.dataset import frame_settings
+from hico.data.labels import Labels
 from hico.data.lengths import estimate_lengths
 from hico.data.mixture import Mixture, read_mixture
 from hico.llm_dropout.schedule import DropSchedule
 from hico.processing_hico import HicoProcessor
 from hico.train import provenance
-from hico.train.checks import check_frames, check_processor, check_weights
+from hico.train.checks import check_frames, check_weights
 from hico.train.config import Recipe, nearest_hint
 
 
@@ -82,7 +83,7 @@ def prepare(recipe: Recipe, *, start: HicoConfig | None = None, is_first: bool =
         ValueError, FileNotFoundError: for what is wrong with recipe, data or checkpoint.
     """
     config, processor = load_config(recipe, start)
-    check_processor(processor)
+    Labels(processor, recipe.label_scheme)  # the template and the tokenizer must be such that they can be learned from
     if not is_deepspeed_zero3_enabled():  # it would shard the model that is only asked for its sizes
         check_weights(Path(recipe.model), config)
     schedule = read_schedule(recipe, config)
