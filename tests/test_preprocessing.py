@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -92,7 +94,7 @@ def test_padding_keeps_the_aspect_ratio_and_is_centred(width, height):
     inside = canvas == 255
     assert ((canvas == 0) | inside).all()
     size_x, size_y = int(inside.any(dim=0).sum()), int(inside.any(dim=1).sum())
-    scale = min(48 / width, 32 / height)
+    scale = min(Fraction(48, width), Fraction(32, height))
     assert abs(size_x - scale * width) <= 1
     assert abs(size_y - scale * height) <= 1
     left = int(inside.any(dim=0).nonzero()[0])
