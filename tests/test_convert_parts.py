@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from published import tiny_clip, tiny_llm, write_tokenizer
+from published import tiny_clip, tiny_llm, videochat_flash, write_checkpoint, write_tokenizer
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
@@ -84,10 +84,10 @@ def test_a_clip_or_siglip_folder_becomes_the_encoder(llm, tmp_path, kind):
     preset = "longva-7b" if kind == "siglip" else None
     convert(llm, tmp_path / "hico", encoder=tmp_path / "tower", preset=preset)
     model = HicoForConditionalGeneration.from_pretrained(tmp_path / "hico")
-    frames = torch.randn(2, 3, 16, 16)
-    vision = getattr(tower, "vision_model", tower)
+    frames = torch.randn(2, 3, 16, 16).double()
+    vision = getattr(tower.double(), "vision_model", tower)
     expected = vision(frames, output_hidden_states=True).hidden_states[-2][:, -16:]
-    torch.testing.assert_close(model.model.encoder(frames[:, None]), expected)
+    torch.testing.assert_close(model.model.encoder.double()(frames[:, None]), expected)
     assert model.config.projector_first
     assert model.config.vision.num_video_tokens(1) == 4
 
@@ -202,3 +202,18 @@ def test_parts_are_inspected(llm, umt_file, tmp_path, capsys):
     assert inspect_checkpoint(tmp_path / "tower").facts["encoder"].startswith("clip (image_size 16, patch_size 4")
     assert main(["inspect", str(file)]) == 0
     assert "weights" in capsys.readouterr().out
+
+
+def test_a_tower_without_its_final_norm_is_refused_by_name_and_loads_by_a_setting(tmp_path):
+    config, weights = videochat_flash(tiny_llm())
+    weights = {name: weight for name, weight in weights.items() if "vision_layernorm" not in name}
+    folder = write_checkpoint(tmp_path / "flash", config, weights)
+    with pytest.raises(ValueError, match=r"2 missing: model\.encoder\.vision_layernorm\.bias"):
+        HicoForConditionalGeneration.from_pretrained(folder)
+    config = HicoConfig.from_pretrained(folder)
+    config.encoder["final_norm"] = False
+    model = HicoForConditionalGeneration.from_pretrained(folder, config=config)
+    assert not list(model.model.encoder.vision_layernorm.parameters())
+    model.save_pretrained(tmp_path / "saved")
+    again = HicoForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    assert again.config.encoder["final_norm"] is False

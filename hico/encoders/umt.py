@@ -43,7 +43,9 @@ class UMTEncoder(VideoTransformer):
         tubelet_size: frames per patch.
         mlp_ratio: width of a block's MLP over D.
         return_index: the block whose output is returned, counted from the end: -1 is the last one. Later blocks are
-            not built. The output passes a final LayerNorm in any case.
+            not built.
+        final_norm: whether the output passes a LayerNorm, as it does in what is published, whatever ``return_index``
+            says; weights without a ``vision_layernorm`` have none.
         pretrained_frames: steps of the position table in pretraining; an image takes the first one.
         pretrained_side: rows and columns of that table. If omitted, as published: those of a 224-pixel frame if
             ``image_size`` is 224, otherwise 14. The same for patches of 16.
@@ -69,6 +71,7 @@ class UMTEncoder(VideoTransformer):
         tubelet_size: int = 1,
         mlp_ratio: float = 4,
         return_index: int = -2,
+        final_norm: bool = True,
         pretrained_frames: int = 4,
         pretrained_side: int | None = None,
         attn_implementation: str = "sdpa",
@@ -88,7 +91,7 @@ class UMTEncoder(VideoTransformer):
         )
         side = pretrained_side or (image_size // patch_size if image_size == 224 else 14)
         self.pretrained_grid: Grid = (pretrained_frames, side, side)
-        self.vision_layernorm = nn.LayerNorm(hidden_size, eps=1e-12)
+        self.vision_layernorm = nn.LayerNorm(hidden_size, eps=1e-12) if final_norm else nn.Identity()
 
     def forward(self, clips_NTCHW: Tensor) -> Tensor:
         """See ``VisionEncoder.forward``."""
