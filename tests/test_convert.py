@@ -52,12 +52,13 @@ def test_longva_gives_the_logits_of_its_parts(tmp_path, route):
     if route == "saved":
         model.save_pretrained(tmp_path / "saved")
         model = HicoForConditionalGeneration.from_pretrained(tmp_path / "saved")
-    ids, frames = torch.arange(10), torch.randn(3, 3, 16, 16)
+    model, llm, tower, projector = (module.double() for module in (model, llm, tower, projector))
+    ids, frames = torch.arange(10), torch.randn(3, 3, 16, 16).double()
     visual = ids.new_full((3 * 4,), model.config.video_token_id)
     prompt = torch.cat([ids[:4], visual, ids[4:]])[None]
     logits = model(prompt, pixel_values_videos=frames[:, None]).logits
     torch.testing.assert_close(logits, reference_logits(llm, tower, projector, ids, 4, frames))
-    tiles = torch.randn(3, 3, 16, 16)
+    tiles = torch.randn(3, 3, 16, 16).double()
     prompt = prompt.masked_fill(prompt == model.config.video_token_id, model.config.image_token_id)[:, 4:]
     logits = model(prompt, pixel_values=torch.cat([frames[:1], tiles]), image_grids=torch.tensor([[1, 3]])).logits
     torch.testing.assert_close(logits, reference_logits(llm, tower, projector, ids[4:], 0, tiles))

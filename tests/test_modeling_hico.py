@@ -7,13 +7,12 @@ from transformers import AutoModelForImageTextToText, GenerationConfig
 from hico import HicoConfig, HicoForConditionalGeneration, HicoModel
 from hico.preprocessing import normalize_pixels
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-
 
 @pytest.fixture(scope="module")
 def model():
+    """In float64: two ways to the same number differ by float32's rounding, and by how much depends on the kernel."""
     torch.manual_seed(0)
-    return HicoForConditionalGeneration(HicoConfig.preset("tiny")).eval()
+    return HicoForConditionalGeneration(HicoConfig.preset("tiny")).eval().double()
 
 
 def pixels(*shape):
@@ -42,8 +41,8 @@ def test_chunked_encoding_equals_whole_encoding(model):
     clips = pixels(7, 4, 3, 48, 48)
     with torch.no_grad():
         whole = model.model.encode(clips, clips_per_chunk=7)
-        torch.testing.assert_close(model.model.encode(clips, clips_per_chunk=2), whole, **CLOSE)
-        torch.testing.assert_close(model.model.encode(iter(clips.split(3))), whole, **CLOSE)
+        torch.testing.assert_close(model.model.encode(clips, clips_per_chunk=2), whole)
+        torch.testing.assert_close(model.model.encode(iter(clips.split(3))), whole)
 
 
 def test_bytes_and_normalised_pixels_are_the_same(model):
@@ -89,7 +88,7 @@ def test_a_padded_batch_equals_its_rows_one_by_one(model):
         batch = model(ids, attention_mask=mask, **visual_inputs(flat(videos), flat(images))).logits
         for i, row in enumerate(rows):
             single = model(row[None], **visual_inputs(videos[i], images[i])).logits[0]
-            torch.testing.assert_close(batch[i, -len(row) :], single, **CLOSE)
+            torch.testing.assert_close(batch[i, -len(row) :], single)
 
 
 def test_generation_of_a_batch_equals_its_rows_and_greedy_equals_argmax(model):
@@ -173,7 +172,7 @@ def test_the_loss_in_training_is_the_loss_in_evaluation(model):
     inputs = {"pixel_values_videos": pixels(1, 4, 3, 48, 48), "labels": labels}
     evaluated = model(ids, **inputs)
     reference = torch.nn.functional.cross_entropy(evaluated.logits[0, -3:-1], ids[0, -2:])
-    torch.testing.assert_close(evaluated.loss, reference)
+    torch.testing.assert_close(evaluated.loss, reference.float())
     try:
         trained = model.train()(ids, **inputs)
     finally:

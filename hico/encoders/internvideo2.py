@@ -168,5 +168,6 @@ class InternVideo2Encoder(VideoTransformer):
         pretrained_grid = steps, rows, columns
         if grid == pretrained_grid:
             return table
-        patches_LD = resize_positions(table[0, 1:].float(), grid, pretrained_grid=pretrained_grid)
+        wide = table[0, 1:].to(torch.promote_types(table.dtype, torch.float32))
+        patches_LD = resize_positions(wide, grid, pretrained_grid=pretrained_grid)
         return torch.cat([table[:, :1], patches_LD[None].to(table.dtype)], dim=1)
