@@ -201,20 +201,24 @@ def bench_drop(args: argparse.Namespace) -> tuple[dict[str, Any], list[Cost]]:
 
 def _time(model, embeds, visual_mask, num_tokens: int) -> tuple[float, float]:
     """Measure the seconds of a prefill, and of a decoded token on average."""
+    from hico.compat import CACHE_NAME
+
     started = _now(embeds.device)
     out = model(inputs_embeds=embeds, visual_mask=visual_mask, use_cache=True, logits_to_keep=1)
     prefilled = _now(embeds.device)
     for _ in range(num_tokens):
         token = out.logits[:, -1:].argmax(-1)
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids=token, **{CACHE_NAME: out[CACHE_NAME]}, use_cache=True)
     return prefilled - started, (_now(embeds.device) - prefilled) / num_tokens
 
 
 def _weigh(model, embeds, visual_mask) -> tuple[float, float | None]:
     """Measure the bytes of the cache that a prefill leaves, and by how many bytes memory rose at most."""
+    from hico.compat import CACHE_NAME
+
     with MemoryWatch(embeds.device) as peak:
         out = model(inputs_embeds=embeds, visual_mask=visual_mask, use_cache=True, logits_to_keep=1)
-    parts = [part for layer in out.past_key_values.layers for part in (layer.keys, layer.values)]
+    parts = [part for layer in out[CACHE_NAME].layers for part in (layer.keys, layer.values)]
     return float(sum(part.numel() * part.element_size() for part in parts)), peak.rise
 
 

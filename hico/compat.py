@@ -72,6 +72,20 @@ def find_cache(values: dict[str, Any]) -> tuple[str | None, Cache | None]:
     return next(((name, value) for name, value in values.items() if isinstance(value, Cache)), (None, None))
 
 
+def cache_argument(cache: Cache | None, past_key_values: Cache | None) -> dict[str, Cache]:
+    """Name a cache that was given under its new or its old name as the installed decoders do; empty for None.
+
+    To be deleted when 5.24 is the oldest version supported: then ``cache`` is the name, and the old one an error.
+
+    Raises:
+        ValueError: if both are given.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("got both cache and past_key_values, which are two names of one argument; give one of them")
+    given = past_key_values if cache is None else cache
+    return {} if given is None else {CACHE_NAME: given}
+
+
 def replace_loss_function(model: nn.Module, function: Callable) -> Callable[[], None]:
     """Let a causal LM compute its loss by another function; return what undoes it."""
     before = dict(vars(model))

@@ -9,6 +9,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from hico.compat import CACHE_NAME, cache_argument
 from hico.configuration_hico import HicoConfig, build_compressor
 from hico.generation import VisualGenerationMixin, refuse_without_prompt
 from hico.grids import mosaic_order
@@ -226,6 +227,7 @@ class HicoModel(HicoPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_grids: Tensor | None = None,
@@ -242,6 +244,8 @@ class HicoModel(HicoPreTrainedModel):
         Args:
             input_ids: ``(B, S)``; or give ``inputs_embeds`` and ``visual_mask``, as `embed` returns them.
             attention_mask: ``(B, S)``, 0 where padded, on either side.
+            past_key_values: keys and values of the tokens before; ``cache`` is its name in transformers from 5.24 on,
+                and both are taken.
             labels: ``(B, S)``, read only to find the tokens whose attention decides what is dropped.
 
         Returns:
@@ -249,6 +253,8 @@ class HicoModel(HicoPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if "mm_encoder_outputs" in kwargs:  # transformers 5.24 hands it on unasked, and it would stand for nothing
+            raise ValueError("mm_encoder_outputs are not read here; give tokens encoded before as visual_embeds")
         visuals = {
             "pixel_values": pixel_values,
             "image_grids": image_grids,
@@ -266,8 +272,8 @@ class HicoModel(HicoPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **cache_argument(cache, past_key_values),
             **kwargs,
         )
 
@@ -308,6 +314,7 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, VisualGenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_grids: Tensor | None = None,
@@ -334,6 +341,7 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, VisualGenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
             image_grids=image_grids,
@@ -357,7 +365,7 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, VisualGenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -17,7 +17,7 @@ class HicoPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("video", "image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from hico import HicoConfig, HicoForConditionalGeneration, HicoModel
+from hico.compat import CACHE_NAME
 from hico.preprocessing import normalize_pixels
 
 
@@ -120,6 +121,29 @@ def test_an_answer_holds_no_placeholder(model):
     finally:
         with torch.no_grad():
             model.lm_head.weight[VIDEO] = before
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+@torch.no_grad()
+def test_a_cache_is_taken_under_either_name_and_without_a_warning(model, name, recwarn):
+    ids, inputs = prompt(1, "v", 2, 3)[None], visual_inputs([pixels(1, 4, 3, 48, 48)], [])
+    whole = model(ids, **inputs)
+    cache = model(ids[:, :-1], **inputs, use_cache=True)[CACHE_NAME]
+    torch.testing.assert_close(model(ids[:, -1:], **{name: cache}).logits, whole.logits[:, -1:])
+    assert cache.get_seq_length() == ids.shape[1]
+    again = model.generate(ids, **inputs, max_new_tokens=2, return_dict_in_generate=True)[CACHE_NAME]
+    assert again.get_seq_length() == ids.shape[1] + 1
+    assert not [warning for warning in recwarn if warning.category is FutureWarning]
+    with pytest.raises(ValueError, match="both cache and past_key_values"):
+        model(ids[:, -1:], cache=cache, past_key_values=cache)
+
+
+def test_outputs_of_encoders_made_elsewhere_are_refused_by_name(model):
+    ids = prompt(1, "v", 2)[None]
+    with pytest.raises(ValueError, match="mm_encoder_outputs"):
+        model.generate(ids, mm_encoder_outputs={"video": torch.zeros(1, 16, 64)}, max_new_tokens=1)
+    with pytest.raises(ValueError, match="mm_encoder_outputs are not read"):
+        model(ids, mm_encoder_outputs={"video": torch.zeros(1, 16, 64)})
 
 
 def test_beams_encode_a_video_once(model):
