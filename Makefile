@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 QUESTION ?= What happens?
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup demo test test-slow test-compat lint bench clean
+.PHONY: help setup demo test test-slow test-compat test-newest lint bench clean
 
 help:
 	@echo "make demo        train a tiny model and ask it about videos, some minutes; with VIDEO=clip.mp4"
@@ -13,6 +13,8 @@ help:
 	@echo "make test        the test suite, some minutes on two cores"
 	@echo "make test-slow   the slow tests"
 	@echo "make test-compat the test suite on the oldest transformers that is supported"
+	@echo "make test-newest the test suite on the newest releases, with TORCH=newest also of torch (GBs)"
+	@echo "                 with TESTS='tests/test_a.py -k name' these alone, for test and both of the last"
 	@echo "make lint        ruff"
 	@echo "make bench       the benchmarks behind docs/benchmarks.md"
 
@@ -36,7 +38,7 @@ demo: setup
 
 test: setup
 	@echo "== running the tests"
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -m "not slow" $(TESTS)
 
 test-slow: setup
 	@echo "== running the slow tests, those of DeepSpeed too (it needs a C++ compiler)"
@@ -49,7 +51,19 @@ test-compat:
 	@test -x $(COMPAT)/bin/python || $(PYTHON) -m venv $(COMPAT)
 	@sed -e 's/^transformers==.*/transformers==5.17.0/' -e '/^huggingface.hub==/d' constraints-cpu.txt > $(COMPAT)/constraints.txt
 	@$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check -c $(COMPAT)/constraints.txt -e '.[dev]'
-	@$(COMPAT)/bin/python -m pytest -m "not slow"
+	@$(COMPAT)/bin/python -m pytest -m "not slow" $(TESTS)
+
+# Bounds of setup.py do not hold back the second install: this is how a release that no test has seen gets tested.
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints-cpu.txt)
+NEWEST := .venv-newest$(if $(filter newest,$(TORCH)),-torch)
+UPGRADED := transformers accelerate peft tokenizers numpy $(if $(filter newest,$(TORCH)),torch,'torch==$(TORCH)')
+test-newest:
+	@echo "== running the tests on the newest releases, torch $(TORCH)"
+	@test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	@$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check $(lastword $(UPGRADED)) -e '.[dev]'
+	@$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade $(UPGRADED)
+	@$(NEWEST)/bin/python -m pip list --disable-pip-version-check | grep -E '^(torch|transformers|accelerate|peft|tokenizers|numpy) '
+	@$(NEWEST)/bin/python -m pytest -m "not slow" $(TESTS)
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -58,4 +72,4 @@ bench: setup
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) $(COMPAT) build dist demo *.egg-info
+	rm -rf $(VENV) $(COMPAT) .venv-newest .venv-newest-torch build dist demo *.egg-info
