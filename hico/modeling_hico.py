@@ -14,6 +14,7 @@ from hico.configuration_hico import HicoConfig, build_compressor
 from hico.generation import VisualGenerationMixin, refuse_without_prompt
 from hico.grids import mosaic_order
 from hico.llm_dropout import DropHandle, DropSchedule, find_handle, patch
+from hico.placeholders import number_items
 from hico.preprocessing import normalize_pixels
 from hico.pretrained import HicoPreTrainedModel
 from hico.projector import MLPProjector
@@ -184,12 +185,13 @@ class HicoModel(HicoPreTrainedModel):
             of its row.
 
         Raises:
-            ValueError: if placeholders and visual tokens do not match in number.
+            ValueError: if the videos and images do not fill the placeholders of their rows, item by item.
         """
-        is_video, is_image = (input_ids == token for token in (self.config.video_token_id, self.config.image_token_id))
-        is_visual = is_video | is_image
+        kind_BS = torch.zeros_like(input_ids)
+        kind_BS[input_ids == self.config.image_token_id] = 1
+        kind_BS[input_ids == self.config.video_token_id] = 2
         # A placeholder may lie beyond the vocabulary.
-        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_visual, 0))
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(kind_BS != 0, 0))
         if visual_embeds is not None:
             if pixel_values is not None or pixel_values_videos is not None:
                 raise ValueError("got both pixels and visual_embeds; give one of them")
@@ -199,26 +201,20 @@ class HicoModel(HicoPreTrainedModel):
                         f"visual_embeds of shape {tuple(tokens.shape)} do not fit this LLM; "
                         f"give (tokens, {embeds.shape[2]}) for every video or image, as get_video_features does"
                     )
-            filled = [("video or image", is_visual, visual_embeds)]
+            filled = [("video or image", kind_BS != 0, visual_embeds)]
         else:
             images = [] if pixel_values is None else self.get_image_features(pixel_values, image_grids)
             videos = (
                 [] if pixel_values_videos is None else self.get_video_features(pixel_values_videos, video_num_clips)
             )
-            filled = [("image", is_image, images), ("video", is_video, videos)]
-        item = torch.zeros_like(input_ids)
-        for kind, mask, items in filled:
-            num_tokens = [len(tokens) for tokens in items]
-            if int(mask.sum()) != sum(num_tokens):
-                raise ValueError(
-                    f"the prompt has {int(mask.sum())} {kind} placeholders, but the {len(num_tokens)} {kind}(s) given "
-                    f"make {sum(num_tokens)} tokens; let HicoProcessor of the same model write the prompt"
-                )
+            filled = [("image", kind_BS == 1, images), ("video", kind_BS == 2, videos)]
+        visual_mask = number_items(
+            kind_BS, [(name, mask, [len(tokens) for tokens in items]) for name, mask, items in filled]
+        )
+        for _, mask, items in filled:
             if items:
                 embeds = embeds.masked_scatter(mask[..., None], torch.cat(list(items)).to(embeds))
-                numbers = torch.arange(len(items), device=item.device) + int(item.max()) + 1
-                item[mask] = numbers.repeat_interleave(torch.tensor(num_tokens, device=item.device)).to(item.dtype)
-        return embeds, _count_within_rows(item)
+        return embeds, visual_mask
 
     @can_return_tuple
     def forward(
@@ -329,7 +325,8 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, VisualGenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Predict the next tokens, and the loss if there are labels; see `HicoModel.forward`.
 
-        Where visual tokens are dropped, logits and loss are those of the tokens that are left.
+        Where visual tokens are dropped, logits and loss are those of the tokens that are left, and ``drop_plan`` of the
+        output aligns them with the prompt: ``output.drop_plan.kept_indices``; it is None where nothing was dropped.
 
         Args:
             labels: ``(B, S)`` token ids, -100 where nothing is to be learned.
@@ -359,16 +356,18 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, VisualGenerationMixin):
         if labels is None or logits_to_keep is not None or not self.training:
             keep = 0 if logits_to_keep is None else logits_to_keep
             logits = self.lm_head(hidden_BSE[:, slice(-keep, None) if isinstance(keep, int) else keep])
+        plan = getattr(outputs, "drop_plan", None)
         if labels is not None:
-            plan = getattr(outputs, "drop_plan", None)
             loss = self._loss(hidden_BSE, labels if plan is None else plan.gather(labels, fill=IGNORE_INDEX), **kwargs)
-        return CausalLMOutputWithPast(
+        output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+        output.drop_plan = plan  # no field of it: a trainer concatenates those over batches
+        return output
 
     def _loss(self, hidden_BSE: Tensor, labels: Tensor, *, num_items_in_batch=None, **kwargs) -> Tensor:
         """Sum the losses of the learned tokens, chunk by chunk, and divide by their number or the one given."""
@@ -398,13 +397,6 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, VisualGenerationMixin):
 
 def _as_iterable(clips: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
     return iter([clips] if isinstance(clips, Tensor) else clips)
-
-
-def _count_within_rows(item_BS: Tensor) -> Tensor:
-    """Renumber the items of every row 1, 2, ... in the order in which they come; 0 stays 0."""
-    before_BS = nn.functional.pad(item_BS[:, :-1], (1, 0))
-    starts_BS = (item_BS != 0) & (item_BS != before_BS)
-    return starts_BS.cumsum(dim=1) * (item_BS != 0)
 
 
 AutoModel.register(HicoConfig, HicoModel, exist_ok=True)

@@ -152,3 +152,17 @@ def test_logits_are_asked_for_by_position(model):
     whole = model(ids, **inputs).logits
     chosen = model(ids, **inputs, logits_to_keep=torch.tensor([0, 5])).logits
     torch.testing.assert_close(chosen, whole[:, [0, 5]])
+
+
+@torch.no_grad()
+def test_the_output_says_which_tokens_its_logits_belong_to(model):
+    rows, videos, images = mixed_batch()
+    ids, mask = left_pad(rows)
+    inputs = {"attention_mask": mask, **visual_inputs(flat(videos), flat(images))}
+    output = model(ids, **inputs)
+    assert output.drop_plan.kept_indices.shape == output.logits.shape[:2]
+    kept = output.drop_plan.gather(ids, fill=-1)
+    assert kept[0, -4:].tolist() == rows[0].tolist()  # a row of text keeps all of it
+    assert (kept == VIDEO).sum() < (ids == VIDEO).sum()
+    model.set_drop_schedule(None)
+    assert model(ids, **inputs).drop_plan is None

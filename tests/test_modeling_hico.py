@@ -189,6 +189,44 @@ def test_placeholders_that_do_not_match_name_both_counts(model):
         model.model.get_video_features(pixels(2, 4, 3, 48, 48), torch.tensor([1, 2]))
 
 
+def video_tokens(*lengths):
+    return [torch.randn(length, 64) for length in lengths]
+
+
+@pytest.mark.parametrize(
+    ("parts", "lengths", "words"),
+    [
+        ([[VIDEO] * 3, [1], [VIDEO] * 5], (4, 4), r"row 0 has runs of \[3, 5\] .* 1 of 2, which .* makes 4 tokens"),
+        ([[VIDEO] * 5, [1], [VIDEO] * 3], (4, 4), r"row 0 has runs of \[5, 3\] .* 2 of 2, which .* makes 4 tokens"),
+        ([[IMAGE] * 3, [VIDEO] * 5], (4, 4), r"row 0 has runs of \[3, 5\] .* 1 of 2, which .* makes 4 tokens"),
+        ([[IMAGE] * 2, [VIDEO] * 4], (4, 2), r"row 0 has runs of \[2, 4\] .* 1 of 2, which .* makes 4 tokens"),
+        ([[IMAGE] * 2, [VIDEO] * 2], (4,), r"row 0 has runs of \[2, 2\] .* 1 of 1, which .* makes 4 tokens"),
+    ],
+)
+def test_every_video_must_fill_its_own_placeholders(model, parts, lengths, words):
+    ids = torch.tensor([[0, *(token for part in parts for token in part), 0]])
+    with pytest.raises(ValueError, match=words):
+        model.model.embed(ids, visual_embeds=video_tokens(*lengths))
+
+
+def test_no_token_of_a_video_lands_in_another_row(model):
+    ids = torch.tensor([[1, *[VIDEO] * 3, 2, 2, 2], [1, *[VIDEO] * 5, 2]])
+    with pytest.raises(ValueError, match=r"row 0 has runs of \[3\] .* 1 of 2, which .* makes 4 tokens"):
+        model.model.embed(ids, visual_embeds=video_tokens(4, 4))
+    _, mask = model.model.embed(ids, visual_embeds=video_tokens(3, 5))
+    assert mask.tolist() == [[0, 1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1, 0]]
+
+
+def test_a_video_that_text_interrupts_is_one_span(model):
+    clips, image = pixels(2, 4, 3, 48, 48), pixels(1, 3, 48, 48)
+    inputs = {"pixel_values_videos": clips, "pixel_values": image, "video_num_clips": torch.tensor([2])}
+    ids = prompt(1, "v", 2, "i", 3, "v", 4)[None]
+    embeds, mask = model.model.embed(ids, **inputs)
+    assert mask[0].tolist() == [0] + [1] * 16 + [0] + [2] * 16 + [0] + [1] * 16 + [0]
+    tokens = model.model.get_video_features(clips)[0]
+    torch.testing.assert_close(embeds[0, mask[0] == 1], tokens)
+
+
 def test_the_loss_in_training_is_the_loss_in_evaluation(model):
     ids = prompt(1, "v", 2, 3, 4)[None]
     labels = torch.full_like(ids, -100)
