@@ -1,11 +1,18 @@
 """Generation by a model that sees: videos and images are encoded once, before the first token."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from hico.llm_dropout import add_visual_mask
 
@@ -17,40 +24,59 @@ class VisualGenerationMixin(GenerationMixin):
     """What `HicoForConditionalGeneration` adds to `transformers.GenerationMixin`."""
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs):
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: Sequence[LogitsProcessor] | None = None,
+        **kwargs,
+    ):
         """Generate as `transformers.GenerationMixin.generate` does; videos and images are encoded once, before.
+
+        A repetition penalty counts generated tokens only, as where a model is given embeddings, which is how the
+        published code generates; a `RepetitionPenaltyLogitsProcessor` of the caller's counts what it was made to.
 
         Args:
             inputs: ``(B, S)`` prompt, or ``input_ids`` by name; padded on the left.
             generation_config: settings; placeholders are suppressed besides.
+            logits_processor: applied after those that follow from the settings.
             kwargs: what `HicoModel.embed` and ``GenerationMixin.generate`` take.
 
         Raises:
-            ValueError: if a prompt is padded on the right, or has videos or images and is to be read in chunks, which
-                transformers cannot.
+            ValueError: if a prompt is padded on the right, or so that only an ``attention_mask`` could tell, or has
+                videos or images and a way of generating is asked for that does not see them.
         """
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        _refuse_right_padding(kwargs.get("attention_mask"))
-        settings = generation_config or self.generation_config
+
+        def asked(name: str) -> Any:
+            if name in kwargs:
+                return kwargs[name]
+            value = getattr(generation_config, name, None)
+            return getattr(self.generation_config, name, None) if value is None else value
+
+        _check_padding(input_ids, kwargs.get("attention_mask"), pad=asked("pad_token_id"), eos=asked("eos_token_id"))
         # A placeholder stands for pixels that were given; an answer holds none.
         placeholders = {self.config.video_token_id, self.config.image_token_id}
-        suppressed = {*(kwargs.get("suppress_tokens", settings.suppress_tokens) or ()), *placeholders}
-        kwargs["suppress_tokens"] = sorted(token for token in suppressed if token < self.lm_head.out_features)
-        if generation_config is not None:  # transformers wants one or the other
-            generation_config = copy(generation_config)
-            generation_config.suppress_tokens = kwargs.pop("suppress_tokens")
+        suppressed = {*(asked("suppress_tokens") or ()), *placeholders}
+        changes = {"suppress_tokens": sorted(token for token in suppressed if token < self.lm_head.out_features)}
+        processors = LogitsProcessorList(logits_processor or [])
+        penalty = asked("repetition_penalty") or 1.0
+        if penalty != 1.0 and not any(isinstance(own, RepetitionPenaltyLogitsProcessor) for own in processors):
+            length = 0 if input_ids is None else input_ids.shape[1]
+            processors.insert(0, RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=length))
+            changes["repetition_penalty"] = 1.0
+        kwargs.update(changes)
         visuals = {name: kwargs.pop(name, None) for name in VISUAL_INPUTS}
         if input_ids is None:
             refuse_without_prompt(visuals)
         if any(value is not None for value in visuals.values()):
-            if kwargs.get("prefill_chunk_size", settings.prefill_chunk_size):
-                raise ValueError(
-                    "transformers cannot read prompts with videos or images in chunks; leave prefill_chunk_size unset "
-                    "(videos are encoded in chunks all the same)"
-                )
+            _refuse_blind(asked)
             embeds, visual_mask = self.model.embed(input_ids.to(self.device), **visuals)
             kwargs.update(inputs_embeds=embeds, visual_mask=visual_mask)
-        return super().generate(input_ids, generation_config, **kwargs)
+        if generation_config is not None:  # transformers wants one or the other
+            generation_config = copy(generation_config)
+            kwargs = generation_config.update(**kwargs)
+        return super().generate(input_ids, generation_config, logits_processor=processors, **kwargs)
 
     def prepare_inputs_for_generation(
         self, input_ids, inputs_embeds=None, visual_mask=None, is_first_iteration=False, **kwargs
@@ -73,10 +99,51 @@ def refuse_without_prompt(visuals: Mapping[str, object]) -> None:
         )
 
 
-def _refuse_right_padding(attention_mask: Tensor | None) -> None:
-    if attention_mask is not None and attention_mask.ndim == 2 and not attention_mask[:, -1].all():
-        num_rows = int((attention_mask[:, -1] == 0).sum())
+_BLIND = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "prefill_chunk_size")
+"""Settings by which transformers guesses at tokens, or reads the prompt, without embeddings of visual tokens."""
+
+
+def _refuse_blind(asked: Callable[[str], Any]) -> None:
+    given = [name for name in _BLIND if asked(name) is not None and asked(name) is not False]
+    if asked("cache_implementation") == "paged":
+        given.append("cache_implementation='paged'")
+    if given:
         raise ValueError(
-            f"{num_rows} of {len(attention_mask)} rows end in padding, which generation would continue; "
-            "tokenize with padding_side='left'"
+            f"{', '.join(given)} cannot be used with videos or images: transformers would guess at tokens, or read "
+            "chunks of the prompt, from token ids alone; leave it unset (videos are encoded in chunks all the same)"
+        )
+
+
+def _check_padding(
+    input_ids: Tensor | None, attention_mask: Tensor | None, *, pad: int | None, eos: int | Sequence[int] | None
+) -> None:
+    """Refuse padding on the right, and padding without a mask that transformers cannot tell from text.
+
+    Without a mask, transformers takes tokens that equal ``pad``, or the first ``eos`` if there is none, as padding,
+    unless it is an ``eos`` too.
+    """
+    if attention_mask is not None:
+        num_rows = int((attention_mask[:, -1] == 0).sum()) if attention_mask.ndim == 2 else 0
+        if num_rows:
+            raise ValueError(
+                f"{num_rows} of {len(attention_mask)} rows end in padding, which generation would continue; "
+                "tokenize with padding_side='left'"
+            )
+        return
+    ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    pad = ends[0] if pad is None and ends else pad
+    if input_ids is None or pad is None:
+        return
+    is_pad_BS = input_ids == pad
+    num_leading_B = is_pad_BS.cumprod(1).sum(1)
+    num_rows = int((is_pad_BS[:, -1:].any(1) & (num_leading_B < input_ids.shape[1])).sum())
+    if num_rows:
+        raise ValueError(
+            f"{num_rows} of {len(input_ids)} rows end in token {pad}, with which rows are padded, and there is no "
+            "attention_mask; tokenize with padding_side='left', or pass a mask of ones if the token is meant"
+        )
+    if pad in ends and len(set(num_leading_B.tolist())) > 1:
+        raise ValueError(
+            f"rows begin with {num_leading_B.tolist()} times token {pad}, which is padding and the end of a text, and "
+            "there is no attention_mask to tell which; pass the tokenizer's"
         )

@@ -325,8 +325,8 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, VisualGenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Predict the next tokens, and the loss if there are labels; see `HicoModel.forward`.
 
-        Where visual tokens are dropped, logits and loss are those of the tokens that are left, and ``drop_plan`` of the
-        output aligns them with the prompt: ``output.drop_plan.kept_indices``; it is None where nothing was dropped.
+        Where visual tokens are dropped, logits and loss are those of the tokens that are left; ``drop_plan`` of the
+        output aligns them with the prompt, and is None where nothing was dropped.
 
         Args:
             labels: ``(B, S)`` token ids, -100 where nothing is to be learned.
