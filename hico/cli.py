@@ -149,8 +149,13 @@ def load(model: str, *, device: str | None = None, dtype: str | None = None):
     elif not Path(model).is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
         raise ValueError(f"there is no model {model!r}; give a directory, a hub name like 'owner/model', or 'tiny'")
     else:
-        network = hico.HicoForConditionalGeneration.from_pretrained(model, dtype=dtype)
+        config = hico.HicoConfig.from_pretrained(model)
+        stored = getattr(config, "quantization_config", None)  # such weights stay as they are, where they are put
+        place = {"device_map": {"": device}} if stored else {}
+        network = hico.HicoForConditionalGeneration.from_pretrained(model, dtype=dtype, **place)
         processor = hico.HicoProcessor.from_pretrained(model)
+        if stored:
+            return network.eval(), processor
     return network.to(device, dtype).eval(), processor
 
 

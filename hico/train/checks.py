@@ -17,6 +17,7 @@ from transformers.integrations import get_available_reporting_integrations, get_
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.logging import log_levels
 
+from hico.adapters import folder_below
 from hico.configuration_hico import HicoConfig
 from hico.convert.plan import Expected, make_plan
 from hico.convert.sources import Source, published_to_hico
@@ -25,7 +26,7 @@ from hico.data.fields import check_keys, check_types, nearest_hint
 from hico.data.mixture import MODALITIES, check_reader
 from hico.shards import CheckpointError
 from hico.train.config import Recipe
-from hico.train.lora import folder_below, lora_config
+from hico.train.lora import lora_config
 from hico.video_io import ReadSettings, read_video
 
 _ELSEWHERE = (

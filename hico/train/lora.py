@@ -1,6 +1,5 @@
 """Adapters on the LLM (LoRA), through peft: training with them, and merging them into the model."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -9,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from hico.adapters import ADAPTER_CONFIG, load_peft
 from hico.configuration_hico import HicoConfig
 from hico.data.fields import check_keys, check_ranges, check_types
 from hico.modeling_hico import HicoForConditionalGeneration
 from hico.processing_hico import HicoProcessor
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def add_lora(
@@ -44,7 +43,7 @@ def add_lora(
     saved = [f"model.{part}" for part in trainable if any(True for _ in getattr(model.model, part).parameters())]
     config.modules_to_save = saved or None
     try:
-        return _peft().get_peft_model(model, config)
+        return load_peft().get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(f"lora with target_modules {settings.get('target_modules', LINEARS)}: {error}") from error
 
@@ -56,7 +55,7 @@ def lora_config(settings: Mapping[str, Any]):
         ImportError: if peft is not installed.
         ValueError: if a setting is unknown to peft, of another type, out of range, or not for recipes to decide.
     """
-    kind = _peft().LoraConfig
+    kind = load_peft().LoraConfig
     try:
         check_keys(settings, [known.name for known in fields(kind)], what="peft.LoraConfig")
         check_types(settings, kind)
@@ -71,7 +70,7 @@ def lora_config(settings: Mapping[str, Any]):
 def load_model(
     folder: str | Path, *, config: HicoConfig | None = None, dtype: torch.dtype = torch.float32, **options: Any
 ) -> HicoForConditionalGeneration:
-    """Load a model; adapters are merged into the model that they were trained on.
+    """Load a model to train; adapters are merged into the model that they were trained on.
 
     Args:
         folder: a checkpoint, or what a stage with ``lora`` made, which names the model below; that may have been made
@@ -88,44 +87,17 @@ def load_model(
         FileNotFoundError: if the model that the adapters belong to is gone.
         ValueError: if weights are of other sizes than the configuration asks for.
     """
-    config = HicoConfig.from_pretrained(folder) if config is None else config
-    below = folder_below(folder)
-    if below is not None:
-        peft = _peft()
-        model = load_model(below, config=config, dtype=dtype, **options)
-        model = peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
-    else:
-        try:
-            model = HicoForConditionalGeneration.from_pretrained(folder, config=config, dtype=dtype, **options)
-        except RuntimeError as error:
-            raise ValueError(
-                f"the weights in {folder} are of other sizes than its configuration with the recipe's changes "
-                f"(image_size, model_config) asks for: {error}"
-            ) from error
+    if config is not None:
+        options["config"] = config
+    try:
+        model = HicoForConditionalGeneration.from_pretrained(folder, dtype=dtype, **options)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the weights in {folder} are of other sizes than its configuration with the recipe's changes "
+            f"(image_size, model_config) asks for: {error}"
+        ) from error
     model.name_or_path = str(Path(folder).resolve())
     return model
-
-
-def folder_below(folder: str | Path) -> Path | None:
-    """Return the folder of the model that the adapters in ``folder`` were trained on; ``None`` if it holds none.
-
-    Raises:
-        FileNotFoundError: if that folder is gone.
-        ValueError: if the adapters do not name one.
-    """
-    path = Path(folder) / ADAPTER_CONFIG
-    if not path.is_file():
-        return None
-    try:
-        below = Path(json.loads(path.read_text())["base_model_name_or_path"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} names no model that its adapters belong to ({error!r})") from error
-    if not below.is_dir() or below.resolve() == Path(folder).resolve():
-        raise FileNotFoundError(
-            f"{folder} holds adapters for {below}, which does not exist or is itself; put it back there, or write "
-            f"where it is into base_model_name_or_path of {path}"
-        )
-    return below
 
 
 def merge_lora(folder: str | Path, output: str | Path) -> None:
@@ -145,11 +117,3 @@ def merge_lora(folder: str | Path, output: str | Path) -> None:
         raise FileNotFoundError(f"{folder} holds no {ADAPTER_CONFIG}; give the result of a stage with lora")
     load_model(folder).save_pretrained(output)
     HicoProcessor.from_pretrained(folder).save_pretrained(output)
-
-
-def _peft():
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError("lora needs the package peft; run `pip install 'hico[peft]'`") from error
-    return peft
