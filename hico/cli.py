@@ -34,7 +34,7 @@ def _add_chat(commands) -> None:
     parser.add_argument("question", nargs="?", help="without one, questions are read from the terminal")
     _add_model_arguments(parser)
     _add_video_arguments(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer at most (%(default)s)")
+    _add_generation_arguments(parser)
     parser.add_argument("--no-progress", action="store_true", help="no bar while the video is encoded")
     parser.set_defaults(run=_chat)
 
@@ -94,6 +94,53 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; the best there is if omitted")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="float32 on CPU, else bfloat16")
+
+
+def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-new-tokens", type=int, help="length of an answer at most (1024)")
+    parser.add_argument("--greedy", action="store_true", help="take the likeliest token, as if nothing is said")
+    parser.add_argument("--temperature", type=float, help="draw tokens instead, at this temperature")
+    parser.add_argument("--top-p", type=float, help="draw tokens instead, from those that make up this probability")
+
+
+def generation_settings(args: argparse.Namespace, own) -> dict:
+    """Translate the options of `_add_generation_arguments` to settings of ``generate``.
+
+    Args:
+        args: the options.
+        own: the model's `transformers.GenerationConfig`, which says the rest where tokens are drawn.
+
+    Raises:
+        ValueError: if options exclude each other or are out of range.
+    """
+    from hico.session import ANSWER_TOKENS
+
+    draws = args.temperature is not None or args.top_p is not None
+    if args.greedy and draws:
+        raise ValueError("--greedy draws no tokens, so it excludes --temperature and --top-p; leave one of them out")
+    if args.temperature is not None and not 0 < args.temperature < float("inf"):
+        raise ValueError(f"--temperature is {args.temperature:g}; give a positive number, or --greedy instead of 0")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise ValueError(f"--top-p is {args.top_p:g}; give a number above 0, at most 1")
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens is {args.max_new_tokens}; give at least 1")
+    settings = {"max_new_tokens": args.max_new_tokens or ANSWER_TOKENS, "do_sample": draws}
+    if not draws:  # the values that change nothing, lest transformers warns at others in the model's own settings
+        return {**settings, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+    settings["temperature"] = args.temperature or own.temperature or 1.0
+    settings["top_p"] = args.top_p or own.top_p or 1.0
+    return {**settings, "top_k": 50 if own.top_k is None else own.top_k}
+
+
+def _describe(settings: dict, own) -> str:
+    """Say in words how tokens are chosen."""
+    words = ["greedy"]
+    if settings["do_sample"]:
+        words = [f"drawn at temperature {settings['temperature']:g}", f"top-p {settings['top_p']:g}"]
+        words += [f"top-k {settings['top_k']}"] if settings["top_k"] else []
+    penalty = own.repetition_penalty or 1.0
+    words += [f"repetition penalty {penalty:g} on the answer"] if penalty != 1 else []
+    return ", ".join([*words, f"at most {settings['max_new_tokens']} tokens"])
 
 
 def _add_video_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,13 +210,15 @@ def _chat(args: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
     model, processor = load(args.model, device=args.device, dtype=args.dtype)
+    settings = generation_settings(args, model.generation_config)
     session = hico.Session(model, processor, args.video, progress=not args.no_progress, **video_settings(args))
+    print(f"hico chat: {_describe(settings, model.generation_config)}", file=sys.stderr)
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def ask(question: str) -> None:
         # The terminal hands on bytes that are no UTF-8 as lone surrogates, which no tokenizer takes.
         question = question.encode(errors="surrogateescape").decode(errors="replace")
-        session.ask(question, max_new_tokens=args.max_new_tokens, streamer=streamer)
+        session.ask(question, streamer=streamer, **settings)
 
     if args.question is not None:
         ask(args.question)

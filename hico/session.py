@@ -1,14 +1,20 @@
 """Ask about a video: encode it once, in bounded memory, and ask as often as you like."""
 
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import GenerationConfig
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from hico.modeling_hico import CLIPS_PER_CHUNK, HicoForConditionalGeneration
 from hico.processing_hico import HicoProcessor, split_clips
 from hico.video_io import stream_video
+
+ANSWER_TOKENS = 1024
+"""Length of an answer at most where nobody names one: what the examples of the releases take."""
 
 
 class Session:
@@ -61,16 +67,20 @@ class Session:
             return self.model.model.encode(clips()).flatten(0, 1)
 
     @torch.no_grad()
-    def ask(self, question: str, *, max_new_tokens: int = 256, **generate_kwargs: Any) -> str:
+    def ask(
+        self, question: str, *, max_new_tokens: int | None = None, **generate_kwargs: Any
+    ) -> str | GenerateDecoderOnlyOutput:
         """Ask a question; earlier questions and answers are part of the prompt.
 
         Args:
             question: plain text.
-            max_new_tokens: length of the answer at most.
-            generate_kwargs: for ``generate``, such as ``streamer`` or ``do_sample``.
+            max_new_tokens: length of the answer at most; if omitted, what ``generate_kwargs`` or the model's
+                ``generation_config`` say, and `ANSWER_TOKENS` where they are silent.
+            generate_kwargs: for ``generate``, such as ``streamer``, ``do_sample`` or ``generation_config``.
 
         Returns:
-            The answer, without special tokens.
+            The answer, without special tokens; with ``return_dict_in_generate`` the output of ``generate`` (token ids,
+            scores, cache), whose ``answer`` it is.
         """
         content: Any = question
         if not self.messages:
@@ -78,12 +88,29 @@ class Session:
         messages = [*self.messages, {"role": "user", "content": content}]
         inputs = self.processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
         inputs = inputs.to(self.model.device)
-        ids = self.model.generate(
-            **inputs, visual_embeds=[self.visual_tokens], max_new_tokens=max_new_tokens, **generate_kwargs
-        )
+        settings = _bounded({"max_new_tokens": max_new_tokens, **generate_kwargs}, self.model.generation_config)
+        output = self.model.generate(**inputs, visual_embeds=[self.visual_tokens], **settings)
+        ids = output if isinstance(output, Tensor) else output.sequences
         answer = self.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         self.messages = [*messages, {"role": "assistant", "content": answer}]
-        return answer
+        if isinstance(output, Tensor):
+            return answer
+        output.answer = answer
+        return output
+
+
+def _bounded(settings: dict[str, Any], own: GenerationConfig) -> dict[str, Any]:
+    """Give settings of ``generate`` a length if neither they nor the model's own name one."""
+    settings = {name: value for name, value in settings.items() if (name, value) != ("max_new_tokens", None)}
+    given = settings.get("generation_config")
+    lengths = (settings.get("max_length"), *(getattr(given, name, None) for name in ("max_new_tokens", "max_length")))
+    if "max_new_tokens" in settings or own.max_new_tokens or any(lengths):
+        return settings
+    if given is None:
+        return {**settings, "max_new_tokens": ANSWER_TOKENS}
+    given = copy(given)
+    given.max_new_tokens = ANSWER_TOKENS
+    return {**settings, "generation_config": given}
 
 
 def answer(
@@ -92,11 +119,11 @@ def answer(
     video: Any,
     question: str,
     *,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     progress: bool = False,
     generate_kwargs: dict[str, Any] | None = None,
     **video_settings: Any,
-) -> str:
+) -> str | GenerateDecoderOnlyOutput:
     """Answer one question about one video, of any length, in bounded memory.
 
     Args:
@@ -104,13 +131,13 @@ def answer(
         processor: see `Session`.
         video: a path, bytes, a file object or a folder of images.
         question: plain text.
-        max_new_tokens: length of the answer at most.
+        max_new_tokens: see `Session.ask`.
         progress: show a bar while the video is encoded.
         generate_kwargs: further arguments of ``generate``.
         video_settings: ``num_frames``, ``fps``, ``start``, ``end`` and all else that `stream_video` takes.
 
     Returns:
-        The answer.
+        The answer, as `Session.ask` gives it.
     """
     session = Session(model, processor, video, progress=progress, **video_settings)
     return session.ask(question, max_new_tokens=max_new_tokens, **(generate_kwargs or {}))

@@ -1,13 +1,18 @@
 """The command line, as a user meets it."""
 
 import io
+import re
 import subprocess
 import sys
+import warnings
 
 import pytest
+from transformers import GenerationConfig
 
-from hico.cli import main
+from hico import HicoForConditionalGeneration
+from hico.cli import load, main
 from hico.demo import write_moving_square
+from hico.session import ANSWER_TOKENS
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +70,66 @@ def test_the_same_question_gives_the_same_answer(clip, capsys):
     assert answers[0] == answers[1]
 
 
+RELEASED = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A model with the generation settings of VideoChat-Flash 7B."""
+    folder = tmp_path_factory.mktemp("released")
+    model, processor = load("tiny", device="cpu")
+    model.generation_config = GenerationConfig(**RELEASED, bos_token_id=256, eos_token_id=[258, 256], pad_token_id=256)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "words"),
+    [
+        (
+            [],
+            {"do_sample": False, "max_new_tokens": 1024},
+            "greedy, repetition penalty 1.05 on the answer, at most 1024",
+        ),
+        (
+            ["--greedy", "--max-new-tokens", "7"],
+            {"do_sample": False, "max_new_tokens": 7},
+            "greedy, .*at most 7 tokens",
+        ),
+        (
+            ["--temperature", "0.5"],
+            {"do_sample": True, "temperature": 0.5, "top_p": 0.8, "top_k": 20},
+            r"drawn at temperature 0\.5, top-p 0\.8, top-k 20, repetition penalty 1\.05 on the answer, at most 1024",
+        ),
+        (["--top-p", "0.1"], {"do_sample": True, "temperature": 0.7, "top_p": 0.1}, r"temperature 0\.7, top-p 0\.1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_chat_says_which_settings_are_in_force(clip, released, capsys, monkeypatch, options, expected, words):
+    seen = {}
+
+    def sample(self, input_ids, generation_config, **kwargs):
+        seen.update(generation_config.to_dict())
+        return input_ids
+
+    monkeypatch.setattr(HicoForConditionalGeneration, "_sample", sample)
+    arguments = ["chat", clip, "What?", "--model", released, "--frames", "4", "--device", "cpu", "--no-progress"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main([*arguments, *options]) == 0
+    assert {name: seen[name] for name in expected} == expected
+    printed = capsys.readouterr()
+    assert re.search(words, printed.err)
+    assert "hico chat: " not in printed.out
+
+
+def test_the_help_names_the_length_that_holds(capsys):
+    with pytest.raises(SystemExit):
+        main(["chat", "--help"])
+    assert f"length of an answer at most ({ANSWER_TOKENS})" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -74,6 +139,10 @@ def test_the_same_question_gives_the_same_answer(clip, capsys):
         (["chat", "CLIP", "What?", "--frames", "0"], "num_frames of at least 1, not 0"),
         (["chat", "CLIP", "What?", "--fps", "0"], "--fps is 0; give a positive number"),
         (["chat", "CLIP", "What?", "--fps", "nan"], "--fps is nan; give a positive number"),
+        (["chat", "CLIP", "What?", "--greedy", "--top-p", "0.5"], "--greedy draws no tokens, so it excludes"),
+        (["chat", "CLIP", "What?", "--temperature", "0"], "--temperature is 0; give a positive number, or --greedy"),
+        (["chat", "CLIP", "What?", "--top-p", "1.5"], "--top-p is 1.5; give a number above 0, at most 1"),
+        (["chat", "CLIP", "What?", "--max-new-tokens", "0"], "--max-new-tokens is 0; give at least 1"),
         (["chat", "CLIP", "What?", "--device", "gpu"], "--device gpu cannot be used"),
         (["chat", "CLIP", "What?", "--device", "meta"], "--device meta cannot be used"),
         (["chat", "CLIP", "What?", "--model", "no-such-model"], "there is no model 'no-such-model'"),
