@@ -13,7 +13,7 @@ from hico.compat import CACHE_NAME, cache_argument
 from hico.configuration_hico import HicoConfig, build_compressor
 from hico.generation import VisualGenerationMixin, refuse_without_prompt
 from hico.grids import mosaic_order
-from hico.llm_dropout import DropHandle, DropSchedule, find_handle, patch
+from hico.llm_dropout import DropSchedule, find_handle, patch
 from hico.placeholders import number_items
 from hico.preprocessing import normalize_pixels
 from hico.pretrained import HicoPreTrainedModel
@@ -41,12 +41,13 @@ class HicoModel(HicoPreTrainedModel):
         self.projector = MLPProjector(width, llm_width)
         self.language_model = AutoModel.from_config(config.text_config)
         keep_rotary_in_float32(self.language_model)
-        self._drops: DropHandle | None = None
         self.set_drop_schedule(config.drop_schedule, **(config.drop_options or {}))
         self.post_init()
 
     def set_drop_schedule(self, schedule: str | list | None, **options) -> None:
         """Drop visual tokens between the layers of the LLM from now on; stored in the config.
+
+        It takes the place of any schedule in force, whether set here or by `hico.llm_dropout.patch`.
 
         Args:
             schedule: such as ``"uniform@4:0.75,attention@18:0.25"``, see `hico.llm_dropout.DropSchedule`; None drops
@@ -58,14 +59,15 @@ class HicoModel(HicoPreTrainedModel):
             TypeError: if there is no such option; the old one stays, too.
         """
         parsed = DropSchedule.parse(schedule)
-        before, self._drops = self._drops, None
+        before = find_handle(self.language_model)
         if before is not None:
             before.remove()
         try:
-            self._drops = patch(self.language_model, parsed, **options) if parsed else None
+            if parsed:
+                patch(self.language_model, parsed, **options)
         except (TypeError, ValueError):
             if before is not None:
-                self.set_drop_schedule(self.config.drop_schedule, **(self.config.drop_options or {}))
+                patch(self.language_model, before.schedule, **before.options)
             raise
         self.config.drop_schedule = str(parsed) if parsed else None
         self.config.drop_options = options or None
@@ -73,7 +75,7 @@ class HicoModel(HicoPreTrainedModel):
     @property
     def drops_tokens(self) -> bool:
         """Whether a drop schedule is in force, by `set_drop_schedule` or by `hico.llm_dropout.patch`."""
-        return self._drops is not None or find_handle(self.language_model) is not None
+        return find_handle(self.language_model) is not None
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -358,7 +360,8 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, VisualGenerationMixin):
             logits = self.lm_head(hidden_BSE[:, slice(-keep, None) if isinstance(keep, int) else keep])
         plan = getattr(outputs, "drop_plan", None)
         if labels is not None:
-            loss = self._loss(hidden_BSE, labels if plan is None else plan.gather(labels, fill=IGNORE_INDEX), **kwargs)
+            shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+            loss = self._loss(hidden_BSE, shifted if plan is None else plan.shift_labels(labels), **kwargs)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -369,11 +372,10 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, VisualGenerationMixin):
         output.drop_plan = plan  # no field of it: a trainer concatenates those over batches
         return output
 
-    def _loss(self, hidden_BSE: Tensor, labels: Tensor, *, num_items_in_batch=None, **kwargs) -> Tensor:
+    def _loss(self, hidden_BSE: Tensor, targets_BS: Tensor, *, num_items_in_batch=None, **kwargs) -> Tensor:
         """Sum the losses of the learned tokens, chunk by chunk, and divide by their number or the one given."""
-        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        learned = targets != IGNORE_INDEX
-        hidden_nE, targets = hidden_BSE[learned], targets[learned]
+        learned = targets_BS != IGNORE_INDEX
+        hidden_nE, targets = hidden_BSE[learned], targets_BS[learned]
         if num_items_in_batch is None:
             num_items_in_batch = max(1, len(targets))
 

@@ -160,6 +160,11 @@ class DropHandle:
         """The schedule in force."""
         return self._rules.schedule
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The other settings of `patch` in force."""
+        return {name: getattr(self._rules, name) for name in ("positions", "queries", "scope", "seed")}
+
     def remove(self) -> None:
         """Take the hooks away; the model computes what it did before. Does nothing the second time."""
         for hook in self._hooks:
@@ -227,14 +232,32 @@ class DropHandle:
         plan.finish()
         if isinstance(output, ModelOutput):
             output.drop_plan = plan
+            if output.get("router_logits") is not None:
+                output.router_logits = self._of_real_tokens(decoder, plan, output.router_logits)
+
+    @staticmethod
+    def _of_real_tokens(decoder: nn.Module, plan: DropPlan, router_logits: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Take padding out of what routers said, since the loss that balances experts gets no mask of their lengths."""
+        valid = [plan.valid_at(layer).flatten() for layer in range(len(decoder.layers))]
+        if all(part.all() for part in valid):
+            return router_logits
+        if len(valid) != len(router_logits):
+            raise UnsupportedDecoder(decoder, "routes in some layers only, and rows are padded; give every row alone")
+        return tuple(
+            part.flatten(0, -2)[real.to(part.device)] for part, real in zip(router_logits, valid, strict=True)
+        )
 
     def _before_causal_lm(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if kwargs.get("visual_mask") is None:
+        visual_mask = kwargs.get("visual_mask")
+        if visual_mask is None:
             return None
         given = arguments(model.forward, args, kwargs)
+        del given["visual_mask"]
+        if not self.schedule or not visual_mask.any():
+            return (), given
         # The decoder gets the mask back: the model's own auxiliary losses must not see one of the full length.
         request = _Request(
-            given.pop("visual_mask"),
+            visual_mask,
             given.get("labels"),
             given.pop("attention_mask", None),
             given.get("logits_to_keep", 0),
@@ -243,7 +266,7 @@ class DropHandle:
 
     def _after_causal_lm(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         request = kwargs.get("drop_request")
-        if request is None or not self.schedule or not request.visual_mask.any():
+        if request is None:
             return
         if request.plan is None:
             raise UnsupportedDecoder(model, "does not hand its keyword arguments to its decoder; it cannot be patched")
