@@ -7,8 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from dropout_reference import build, prompt
+from accelerate import cpu_offload
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
+from dropout_reference import TINY, WIDTH, build, close, prompt
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
 from hico.llm_dropout import patch
@@ -39,12 +42,63 @@ def ddp_worker(rank, port, folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
-def test_two_processes_average_the_gradients_of_their_rows(tmp_path):
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(ddp_worker, (port, tmp_path), nprocs=2)
+        return free.getsockname()[1]
+
+
+def tensor_parallel_worker(rank, port, folder):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
+    assert model.model.layers[0].self_attn.q_proj.weight.to_local().shape[0] == WIDTH // 2
+    patch(model, "attention@1:0.5,attention@3:0.2")
+    with torch.no_grad():
+        out = model(**prompt([4, 12, 3], [2, 6, 5]).inputs)
+    torch.save([out.logits, out.drop_plan.kept_indices, out.drop_plan.scores_at(1)], folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_processes_that_share_the_heads_keep_what_one_process_keeps(tmp_path):
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**{**TINY, "vocab_size": 62})).eval()
+    model.save_pretrained(tmp_path)
+    mp.spawn(tensor_parallel_worker, (free_port(), tmp_path), nprocs=2)
+    patch(model, "attention@1:0.5,attention@3:0.2")
+    with torch.no_grad():
+        out = model(**prompt([4, 12, 3], [2, 6, 5]).inputs)
+    for rank in range(2):
+        logits, kept, scores = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(kept, out.drop_plan.kept_indices)
+        close(scores, out.drop_plan.scores_at(1))
+        close(logits[kept >= 0], out.logits[kept >= 0])
+
+
+@torch.no_grad()
+def test_an_offloaded_model_computes_the_same():
+    model, batch = build(), prompt([4, 12, 3], [2, 6, 5])
+    patch(model, "attention@1:0.5,attention@3:0.2")
+    expected = model.generate(**batch.inputs, max_new_tokens=4, min_new_tokens=4)
+    logits = model(**batch.inputs).logits
+    cpu_offload(model, execution_device="cpu")
+    assert torch.equal(model(**batch.inputs).logits, logits)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert torch.equal(model.generate(**batch.inputs, max_new_tokens=4, min_new_tokens=4), expected)
+    remove_hook_from_submodules(model)
+    wrapped = build()
+    for layer in wrapped.model.layers:  # as a device map does
+        add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    patch(wrapped, "attention@1:0.5,attention@3:0.2")
+    assert torch.equal(wrapped(**batch.inputs).logits, logits)
+
+
+@pytest.mark.slow
+def test_two_processes_average_the_gradients_of_their_rows(tmp_path):
+    mp.spawn(ddp_worker, (free_port(), tmp_path), nprocs=2)
     model = build().train()
     patch(model, SCHEDULE)
     ((loss_of_row(model, 0) + loss_of_row(model, 1)) / 2).backward()
