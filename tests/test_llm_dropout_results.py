@@ -63,7 +63,7 @@ def test_an_answer_that_is_marked_does_not_rank():
 
 
 def test_padding_learns_nothing():
-    """Rows of one length keep different numbers of tokens, and are padded before their first token, which is labelled."""
+    """Rows of one length keep different numbers of tokens, and are padded before their first, labelled token."""
     model, batch = build().train(), prompt([2, 10, 4], [2, 4, 10])
     labels = torch.randint(0, 60, batch.visual_mask.shape)
     labels[batch.visual_mask > 0] = -100

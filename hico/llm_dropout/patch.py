@@ -237,7 +237,7 @@ class DropHandle:
 
     @staticmethod
     def _of_real_tokens(decoder: nn.Module, plan: DropPlan, router_logits: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Take padding out of what routers said, since the loss that balances experts gets no mask of their lengths."""
+        """Take padding out of what routers said: the loss that balances experts gets no mask of their lengths."""
         valid = [plan.valid_at(layer).flatten() for layer in range(len(decoder.layers))]
         if all(part.all() for part in valid):
             return router_logits
