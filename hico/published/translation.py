@@ -1,14 +1,8 @@
-"""How VideoChat-Flash and LongVA write a model down: the keys of their configuration, the names of their tensors.
-
-A configuration is only read: what it names is looked up in tables here, and never imported.
-
-Source: the layouts of the releases of Li et al., "VideoChat-Flash", arXiv:2501.00574, and Zhang et al., "LongVA",
-arXiv:2406.16852.
-"""
+"""A published configuration in our words."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -16,37 +10,8 @@ import torch
 
 from hico.grids import anyres_grids, unires_grids
 from hico.llm_dropout.schedule import DropSchedule
-
-SYSTEMS = VIDEOCHAT_FLASH, LONGVA = "videochat-flash", "longva"
-
-_TOWER = "model.vision_tower.vision_tower."
-_TOWER_PREFIXES = {
-    "umt": (_TOWER + "encoder.", "model.encoder."),
-    "clip": (_TOWER + "vision_model.", "model.encoder.vision_model."),
-    "siglip": (_TOWER + "vision_model.", "model.encoder.vision_model."),
-    "internvideo2": (_TOWER, "model.encoder."),
-}
-"""Encoder -> prefix of its tensors, published and ours."""
-_PROJECTOR_PREFIXES = {
-    VIDEOCHAT_FLASH: ("model.mm_projector.mlp.", "model.projector.mlp."),
-    LONGVA: ("model.mm_projector.", "model.projector.mlp."),
-}
-_TEXT_PREFIXES = (("lm_head.", "lm_head."), ("model.", "model.language_model."))
-
-LAYER_SCALE = r"(?<=\.ls[12]\.)gamma$", "weight"
-"""InternVideo2's scales have either name in published files; the first is a pattern."""
-
-KEY_MAPPING = {
-    r"^model\.vision_tower\.vision_tower\.encoder\.": "model.encoder.",
-    r"^model\.vision_tower\.vision_tower\.vision_model\.": "model.encoder.vision_model.",
-    r"^model\.vision_tower\.vision_tower\.": "model.encoder.",
-    LAYER_SCALE[0]: LAYER_SCALE[1],
-    r"^model\.mm_projector\.mlp\.": "model.projector.mlp.",
-    r"^model\.mm_projector\.(?=\d)": "model.projector.mlp.",
-    r"^model\.(?=(?:embed_tokens|layers|norm)\.)": "model.language_model.",
-}
-"""`to_hico` for ``transformers.PreTrainedModel.from_pretrained``, which applies all of them in order; leaves our own
-names as they are."""
+from hico.published.keys import REASONS, TEXT_KEYS, Keys
+from hico.published.names import LONGVA, VIDEOCHAT_FLASH
 
 SIZES_KEY = "_tiny_tower_sizes_not_in_official_config"
 """The published code fixes the sizes of its towers. A checkpoint with another tower says here how it was made:
@@ -77,68 +42,6 @@ SIZE_NAMES = {
 SIZE_NAMES["siglip"] = SIZE_NAMES["clip"]
 SIZE_NAMES["internvideo2"] = SIZE_NAMES["clip"] | {"frames": "pretrained_frames", "side": "pretrained_side"}
 
-TEXT_KEYS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "use_cache",
-    "use_sliding_window",
-    "sliding_window",
-    "max_window_layers",
-    "layer_types",
-    "attention_dropout",
-    "tie_word_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
-"""Keys of the LLM, the same in the published configuration and in that of Qwen2."""
-
-_IGNORED = {
-    "names Python code, and a configuration does not choose what is imported": ("architectures", "auto_map"),
-    "says how the file was written": (
-        "_attn_implementation",
-        "_commit_hash",
-        "_name_or_path",
-        "name_or_path",
-        "transformers_version",
-    ),
-    "sets training, not the model": (
-        "delay_load",
-        "freeze_mm_mlp_adapter",
-        "freeze_mm_vision_resampler",
-        "gradient_checkpointing",
-        "mm_close_init",
-        "mm_projector_lr",
-        "mm_tunable_parts",
-        "mm_vision_tower_lr",
-        "pos_skipping_range",
-        "pretrain_mm_mlp_adapter",
-        "tune_mm_mlp_adapter",
-        "tune_mm_vision_resampler",
-        "unfreeze_language_model",
-        "unfreeze_mm_vision_tower",
-        "use_pos_skipping",
-    ),
-    "the tower's weights stand in the checkpoint": ("vision_tower_pretrained",),
-    "the placeholders are tokens of the tokenizer": ("mm_use_im_patch_token",),
-    "a prompt is never cut": ("tokenizer_model_max_length",),
-    "padding on the left changes no token, and lets a batch generate": ("tokenizer_padding_side",),
-    "this projector adds no positions": ("mm_pos_num_frames",),
-    "this projector has no latents": ("mm_num_compress_latents", "mm_num_compress_query_type"),
-    "this tiling does not crop or split": ("image_crop_resolution", "image_split_resolution"),
-    "frames are not tiled": ("frame_grid_pinpoints",),
-    "attention is exact at any length": ("dual_chunk_attention_config",),
-}
-_REASONS = {key: reason for reason, keys in _IGNORED.items() for key in keys}
-
 
 @dataclass(frozen=True)
 class Translation:
@@ -167,7 +70,7 @@ def system_of(config: Mapping[str, Any]) -> str:
     Raises:
         ValueError: if neither has such a projector.
     """
-    return _Keys(dict(config)).choose("mm_projector_type", _READERS)[0]
+    return Keys(dict(config)).choose("mm_projector_type", _READERS)[0]
 
 
 def translate(config: Mapping[str, Any]) -> Translation:
@@ -178,7 +81,7 @@ def translate(config: Mapping[str, Any]) -> Translation:
     Raises:
         ValueError: if a key asks for what hico has not; the message names the key, its value and what is known.
     """
-    keys = _Keys(dict(config))
+    keys = Keys(dict(config))
     system, read = keys.choose("mm_projector_type", _READERS)
     text = _text_config(keys)
     settings, processor = read(keys)
@@ -186,81 +89,12 @@ def translate(config: Mapping[str, Any]) -> Translation:
     if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
         raise ValueError(f"the dtype is {dtype!r}, which torch has not; write one such as 'bfloat16'")
     settings |= {"text_config": text} | ({"dtype": dtype} if dtype else {})
-    for key in [key for key in keys.left if key in _REASONS]:
-        keys.ignore(key, _REASONS[key])
+    for key in [key for key in keys.left if key in REASONS]:
+        keys.ignore(key, REASONS[key])
     return Translation(system, settings, processor, keys.ignored, keys.left)
 
 
-def to_hico(name: str, system: str) -> str | None:
-    """Return our name of a published tensor, or None if it is none of that system."""
-    towers = sorted(_TOWER_PREFIXES.values(), reverse=True)  # a prefix of another one comes after it
-    ours = _rename(name, [_PROJECTOR_PREFIXES[system], *towers, *_TEXT_PREFIXES])
-    return ours and re.sub(*LAYER_SCALE, ours)
-
-
-def to_hico_on_load(name: str) -> str:
-    """Return our name of a tensor by `KEY_MAPPING`, as transformers does."""
-    for pattern, ours in KEY_MAPPING.items():
-        name = re.sub(pattern, ours, name, count=1)
-    return name
-
-
-def to_published(name: str, system: str, encoder: str) -> str | None:
-    """Return the published name of one of our tensors, or None if that system has no such part.
-
-    Args:
-        name: such as ``model.encoder.blocks.0.norm1.weight``.
-        system: ``VIDEOCHAT_FLASH`` or ``LONGVA``.
-        encoder: name of the encoder; each has its own place.
-    """
-    prefixes = [_PROJECTOR_PREFIXES[system], _TOWER_PREFIXES[encoder], *_TEXT_PREFIXES]
-    return _rename(name, [(ours, published) for published, ours in prefixes])
-
-
-def _rename(name: str, prefixes: Iterable[tuple[str, str]]) -> str | None:
-    """Change the first prefix that fits."""
-    return next((new + name[len(old) :] for old, new in prefixes if name.startswith(old)), None)
-
-
-_KINDS = {"a number": (int, float), "a text": (str,), "a list": (list, tuple), "a mapping": (Mapping,)}
-
-
-@dataclass
-class _Keys:
-    """A configuration that is read key by key; what is left at the end was not understood."""
-
-    left: dict[str, Any]
-    ignored: dict[str, str] = field(default_factory=dict)
-
-    def take(self, key: str, default: Any = None) -> Any:
-        """Take a value, which must be of the kind of its default, if there is one."""
-        value = self.left.pop(key, None)
-        if value is None or default is None:
-            return default if value is None else value
-        kind, types = next((kind, types) for kind, types in _KINDS.items() if isinstance(default, types))
-        if not isinstance(value, types):
-            raise ValueError(f"{key} is {value!r} in this checkpoint, but it must be {kind}, such as {default!r}")
-        return value
-
-    def ignore(self, key: str, reason: str) -> None:
-        if key in self.left:
-            del self.left[key]
-            self.ignored[key] = reason
-
-    def choose(self, key: str, choices: Mapping[Any, Any], default: Any = None) -> Any:
-        value = self.take(key)
-        value = default if value is None else value
-        if isinstance(value, (list, dict)) or value not in choices:
-            known = ", ".join(map(repr, choices))
-            raise ValueError(f"{key} is {value!r} in this checkpoint, which hico cannot run; it knows {known}")
-        return choices[value]
-
-    def require(self, key: str, wanted: Any) -> None:
-        """Accept a key that can have one value only, which is also what it means to leave it out."""
-        self.choose(key, {wanted: None}, default=wanted)
-
-
-def _text_config(keys: _Keys) -> dict[str, Any]:
+def _text_config(keys: Keys) -> dict[str, Any]:
     model_type = keys.take("model_type", "qwen2")
     if "qwen" not in model_type.lower():
         raise ValueError(f"model_type is {model_type!r}; of the published systems, hico knows those over Qwen2")
@@ -272,7 +106,7 @@ def _text_config(keys: _Keys) -> dict[str, Any]:
     return text
 
 
-def _encoder(keys: _Keys) -> dict[str, Any]:
+def _encoder(keys: Keys) -> dict[str, Any]:
     name = str(keys.take("mm_vision_tower"))
     known = next((settings for part, settings in TOWERS if part in name.lower()), None)
     if known is None:
@@ -300,7 +134,7 @@ _LAYER_SETTING = {
 }
 
 
-def _videochat_flash(keys: _Keys) -> tuple[dict[str, Any], dict[str, Any]]:
+def _videochat_flash(keys: Keys) -> tuple[dict[str, Any], dict[str, Any]]:
     encoder = _encoder(keys)
     keys.require("mm_patch_merge_type", "spatial_nopad")
     keys.require("mm_newline_position", "nothing")
@@ -328,7 +162,7 @@ def _videochat_flash(keys: _Keys) -> tuple[dict[str, Any], dict[str, Any]]:
     return config, processor
 
 
-def _longva(keys: _Keys) -> tuple[dict[str, Any], dict[str, Any]]:
+def _longva(keys: Keys) -> tuple[dict[str, Any], dict[str, Any]]:
     encoder = _encoder(keys)
     keys.require("mm_use_im_start_end", False)
     keys.require("mm_llm_compress", False)
@@ -363,7 +197,7 @@ _READERS: dict[str, tuple[str, Callable]] = {
 """Type of projector -> system, and how the rest of its configuration is read."""
 
 
-def _clip_len(keys: _Keys) -> int:
+def _clip_len(keys: Keys) -> int:
     clip_len = keys.take("mm_local_num_frames", 4)
     if clip_len < 1:
         raise ValueError(
@@ -373,7 +207,7 @@ def _clip_len(keys: _Keys) -> int:
     return clip_len
 
 
-def _drop_schedule(keys: _Keys) -> str | None:
+def _drop_schedule(keys: Keys) -> str | None:
     names = ("llm_compress_type", "llm_compress_layer_list", "llm_image_token_ratio_list")
     if not keys.take("mm_llm_compress", False):
         for name in names:
@@ -384,7 +218,7 @@ def _drop_schedule(keys: _Keys) -> str | None:
     return str(DropSchedule.from_published(*values))
 
 
-def _tiling(keys: _Keys, tilings: Mapping[str | None, str], *, tile: int) -> str | list[tuple[int, int]]:
+def _tiling(keys: Keys, tilings: Mapping[str | None, str], *, tile: int) -> str | list[tuple[int, int]]:
     """Read how images are tiled; what is not understood of it is reported, and the system's own tiling taken."""
     aspect_ratio = keys.left.get("image_aspect_ratio")
     is_known = not isinstance(aspect_ratio, (list, dict)) and aspect_ratio in tilings
