@@ -10,6 +10,8 @@ from torch import Tensor
 from hico.grids import choose_grid
 
 Picture = Image.Image | np.ndarray | Tensor
+FITS = ("stretch", "crop")
+"""How a frame becomes a square: the aspect ratio is lost, or the ends of the longer side are."""
 
 
 def to_pil(picture: Picture) -> Image.Image:
@@ -34,18 +36,49 @@ def to_pil(picture: Picture) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def resize_square(picture: Picture, size: int) -> Tensor:
-    """Resize to a square, whatever the shape, with PIL's antialiased bicubic filter on bytes.
+def fitted_size(sides: tuple[int, int], size: tuple[int, int], *, fit: str) -> tuple[int, int]:
+    """Say to what ``(height, width)`` a picture is resized before its middle is cut out.
+
+    Args:
+        sides: ``(height, width)`` of the picture.
+        size: of the result; a square for ``"crop"``.
+        fit: one of `FITS`.
+
+    Source: CLIP's image processor in transformers: the shorter edge becomes the side, the longer one is rounded down.
+    """
+    if fit == "stretch":
+        return size
+    short = min(sides)
+    return size[0] * sides[0] // short, size[0] * sides[1] // short
+
+
+def centre_crop(pixels_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Cut out the middle ``(height, width)``; what cannot be halved is cut at the bottom and right."""
+    top, left = ((side - wanted) // 2 for side, wanted in zip(pixels_HWC.shape, size, strict=False))
+    return pixels_HWC[top : top + size[0], left : left + size[1]]
+
+
+def resize_square(picture: Picture, size: int, *, fit: str = "stretch") -> Tensor:
+    """Resize to a square with PIL's antialiased bicubic filter on bytes.
+
+    Args:
+        picture: of any shape.
+        size: pixels per side.
+        fit: one of `FITS`.
 
     Returns:
         ``(3, size, size)`` uint8.
 
     Source: preprocessing of VideoChat-Flash (arXiv:2501.00574): no crop, aspect ratio lost, rounded to integers.
+        LongVA (arXiv:2406.16852) crops video frames as CLIP does.
     """
-    return _to_tensor(to_pil(picture).resize((size, size), Image.Resampling.BICUBIC))
+    image = to_pil(picture)
+    height, width = fitted_size((image.height, image.width), (size, size), fit=fit)
+    resized = np.array(image.resize((width, height), Image.Resampling.BICUBIC))
+    return _to_tensor(centre_crop(resized, (size, size)))
 
 
-def resize_frames(frames: Sequence[Picture] | Tensor, size: int) -> Tensor:
+def resize_frames(frames: Sequence[Picture] | Tensor, size: int, *, fit: str = "stretch") -> Tensor:
     """Resize frames to squares; frames that have the size already are passed on as they are.
 
     Returns:
@@ -53,7 +86,7 @@ def resize_frames(frames: Sequence[Picture] | Tensor, size: int) -> Tensor:
     """
     if isinstance(frames, Tensor) and frames.dtype == torch.uint8 and frames.shape[1:] == (3, size, size):
         return frames
-    return torch.stack([resize_square(frame, size) for frame in frames])
+    return torch.stack([resize_square(frame, size, fit=fit) for frame in frames])
 
 
 def normalize_pixels(pixels: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -116,5 +149,5 @@ def _pad_to(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return canvas
 
 
-def _to_tensor(image: Image.Image) -> Tensor:
+def _to_tensor(image: Image.Image | np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -27,7 +27,7 @@ class _Request:
     rate: float | None
     min_frames: int
     max_frames: float
-    clip_len: int
+    multiple_of: int
     fix_start: int | None
     published: bool
     generator: torch.Generator | None
@@ -37,8 +37,8 @@ class _Request:
         return self.num_source_frames / self.fps
 
     def whole_clips(self, num_frames: float) -> int:
-        """Round down to whole clips, but not to none."""
-        return self.clip_len * max(1, math.floor(num_frames / self.clip_len))
+        """Round down to whole clips, or to what else the number is a multiple of, but not to none."""
+        return self.multiple_of * max(1, math.floor(num_frames / self.multiple_of))
 
 
 def sample_frames(
@@ -51,6 +51,7 @@ def sample_frames(
     min_frames: int | None = None,
     max_frames: int | None = None,
     clip_len: int = 4,
+    multiple_of: int | None = None,
     fix_start: int | None = None,
     bounds: str = "max_wins",
     generator: torch.Generator | None = None,
@@ -77,6 +78,8 @@ def sample_frames(
         min_frames: fewest frames; 64 for ``dual`` without ``rate`` and ``dynamic_fps1``, 1 otherwise.
         max_frames: most frames; 512 for ``dual`` and ``dynamic_fps1``, no limit otherwise. 0 or less is no limit.
         clip_len: frames per clip of the encoder.
+        multiple_of: what the number of frames is a multiple of in the modes of whole clips, as far as the video has so
+            many: a multiple of ``clip_len``, and that itself if omitted. The released models answer with 8.
         fix_start: take the frame this many places after the start of each interval, not its middle one.
         bounds: ``max_wins`` never exceeds ``max_frames`` (rounded down to whole clips where it holds one), never
             repeats a frame to reach a count, except to fill the first clip in the modes of whole clips, and thins a
@@ -97,6 +100,10 @@ def sample_frames(
     mode = mode or ("dual" if num_frames is None else "middle")
     rule = _rule(mode)
     least, most = _defaults(rule, rate, min_frames, max_frames)
+    if clip_len < 1:
+        raise ValueError(f"clip_len is {clip_len}; a clip holds at least 1 frame")
+    if multiple_of is not None:
+        _check_multiple(multiple_of, clip_len, mode, rule)
     request = _Request(
         num_source_frames=num_source_frames,
         fps=fps,
@@ -104,7 +111,7 @@ def sample_frames(
         rate=rate,
         min_frames=least,
         max_frames=most,
-        clip_len=clip_len,
+        multiple_of=multiple_of or clip_len,
         fix_start=fix_start,
         published=_known("bounds", bounds, BOUNDS) == "published",
         generator=generator,
@@ -158,9 +165,9 @@ def _num_dual(request: _Request) -> int:
 def _bounded(request: _Request, num_frames: int, *, whole_clips: bool) -> int:
     """Apply the user's bounds: the maximum wins, and no more frames than there are."""
     most = min(request.max_frames, request.num_source_frames)
-    if request.max_frames >= request.clip_len and (whole_clips or request.max_frames < request.num_source_frames):
+    if request.max_frames >= request.multiple_of and (whole_clips or request.max_frames < request.num_source_frames):
         most = request.whole_clips(most)
-    least = request.whole_clips(request.min_frames + request.clip_len - 1) if whole_clips else request.min_frames
+    least = request.whole_clips(request.min_frames + request.multiple_of - 1) if whole_clips else request.min_frames
     return int(max(min(num_frames, most), min(least, most)))
 
 
@@ -168,8 +175,8 @@ def _published_bounded(request: _Request, num_frames: int, *, whole_clips: bool)
     """Apply the bounds in the published order: the minimum comes last, so it wins over the maximum."""
     least = request.min_frames
     if least > request.num_source_frames:
-        num_clips = request.num_source_frames // request.clip_len
-        least = num_clips * request.clip_len if whole_clips else request.num_source_frames
+        groups = request.num_source_frames // request.multiple_of
+        least = groups * request.multiple_of if whole_clips else request.num_source_frames
     if whole_clips:
         num_frames = int(min(num_frames, request.max_frames))
     return max(num_frames, least)
@@ -293,14 +300,19 @@ def _check_numbers(request: _Request, mode: str, rule: _Intervals | _AtTimes) ->
         raise ValueError(f"a video of {request.num_source_frames} frames has nothing to sample")
     if not (math.isfinite(request.fps) and request.fps > 0):
         raise ValueError(f"fps is {request.fps}; it must be a positive number of frames per second")
-    if request.clip_len < 1:
-        raise ValueError(f"clip_len is {request.clip_len}; a clip holds at least 1 frame")
     if request.rate is not None and not (math.isfinite(request.rate) and request.rate > 0):
         raise ValueError(f"rate is {request.rate}; it must be a positive number of frames per second")
     if request.fix_start is not None and request.fix_start < 0:
         raise ValueError(f"fix_start is {request.fix_start}; it counts frames from the start of an interval")
     if "num_frames" in rule.settings and (request.num_frames is None or request.num_frames < 1):
         raise ValueError(f"the sampling mode {mode!r} needs num_frames of at least 1, not {request.num_frames}")
+
+
+def _check_multiple(multiple_of: int, clip_len: int, mode: str, rule: _Intervals | _AtTimes) -> None:
+    if not (isinstance(rule, _Intervals) and rule.whole_clips):
+        raise ValueError(f"multiple_of = {multiple_of} has no effect in the sampling mode {mode!r}; leave it out")
+    if multiple_of < 1 or multiple_of % clip_len:
+        raise ValueError(f"multiple_of is {multiple_of}; it must be a multiple of the {clip_len} frames of a clip")
 
 
 def _check_effects(request: _Request, mode: str, rule: _Intervals | _AtTimes) -> None:

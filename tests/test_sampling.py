@@ -51,6 +51,40 @@ def test_published_indices(case):
         assert (indices[:64], indices[-64:], sum(indices)) == (case["first64"], case["last64"], case["sum"])
 
 
+CHAT = [row for case in golden_cases("R") for row in case.facts.get("cases", ())]
+"""Frames per second, frames in the file, and those that the releases take to answer."""
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("bounds", ["max_wins", "published"])
+def test_the_releases_answer_from_multiples_of_eight_frames(bounds):
+    settings = {"mode": "dynamic_fps1", "min_frames": 64, "max_frames": 512, "clip_len": 4, "bounds": bounds}
+    assert len(CHAT) == 236
+    assert [sample_frames(count, fps, multiple_of=8, **settings) for fps, count, _ in CHAT] == [row[2] for row in CHAT]
+    in_training = [sample_frames(count, fps, **settings) for fps, count, _ in CHAT]
+    assert sum(ours != row[2] for ours, row in zip(in_training, CHAT, strict=True)) == 68
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"mode": "middle", "num_frames": 8}, "multiple_of = 8 has no effect in the sampling mode 'middle'"),
+        ({"mode": "fps2"}, "multiple_of = 8 has no effect in the sampling mode 'fps2'"),
+        ({"mode": "linspace", "num_frames": 8, "bounds": "published"}, "no effect in the sampling mode 'linspace'"),
+        ({"mode": "dual", "clip_len": 3}, "multiple_of is 8; it must be a multiple of the 3 frames of a clip"),
+    ],
+)
+def test_a_multiple_that_cannot_be_is_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        sample_frames(100, 25.0, multiple_of=8, **settings)
+
+
+def test_a_rate_takes_whole_multiples_too():
+    assert len(sample_frames(300, 30.0, rate=2.0, multiple_of=8)) == 16
+    assert len(sample_frames(300, 30.0, rate=2.0)) == 20
+    assert len(sample_frames(3000, 30.0, mode="dynamic_fps1", max_frames=62, multiple_of=8)) == 56
+
+
 @given(FRAMES, RATES, CLIPS, st.sampled_from(["dual", "dynamic_fps1"]), st.integers(1, 600), st.integers(1, 600))
 def test_whole_clip_modes_keep_bounds_and_clips(num_source, fps, clip_len, mode, one, other):
     least, most = sorted((one, other))

@@ -13,6 +13,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
+from hico.preprocessing import FITS
 from hico.sampling import pad_to_clips, sample_frames
 from hico.video_io.base import READERS, Reader, Sink
 from hico.video_io.folder import FolderReader, index_folder
@@ -40,11 +41,15 @@ class ReadSettings:
         max_frames: most frames.
         bounds: ``max_wins`` or ``published``.
         clip_len: frames per clip; the result is a multiple of it.
+        multiple_of: what the number of sampled frames is a multiple of, in ``dual`` and ``dynamic_fps1``.
         pad: ``repeat`` fills the last clip with its last frame; ``error`` refuses an unfilled one.
         start: seconds from the start of the video; frames that appear before are left out.
         end: seconds; frames that appear then or later are left out.
-        size: side of a square, or ``(height, width)``, in pixels; as displayed if omitted. The aspect ratio is not
-            kept.
+        end_margin: seconds; a part (``start`` or ``end`` is given) ends this long before the video, or earlier. The
+            releases of VideoChat-Flash have 0.1.
+        size: side of a square, or ``(height, width)``, in pixels; as displayed if omitted.
+        fit: ``stretch`` does not keep the aspect ratio; ``crop`` resizes the shorter edge to ``size`` and takes the
+            middle of the longer one, as CLIP does.
         scaler: ``exact`` gives the pixels of the published preprocessing; ``fast`` is off by at most one grey level.
         exact: if False and the samples are a second or more apart, each is moved to the nearest keyframe, which is
             much less work; the times tell the truth, and several samples may be the same frame.
@@ -61,10 +66,13 @@ class ReadSettings:
     max_frames: int | None = None
     bounds: str = "max_wins"
     clip_len: int = 4
+    multiple_of: int | None = None
     pad: str = "repeat"
     start: float | None = None
     end: float | None = None
+    end_margin: float = 0.0
     size: int | tuple[int, int] | None = None
+    fit: str = "stretch"
     scaler: str = "exact"
     exact: bool = True
     reader: str = "pyav"
@@ -164,7 +172,7 @@ def make_plan(source: VideoSource, settings: ReadSettings) -> Plan:
     scaler = SCALERS.get(settings.scaler)
     _check_part(source, settings.start, settings.end)
     index = index_of(source, settings.folder_fps)
-    first, last, start, duration = _part(source, index, settings.start, settings.end)
+    first, last, start, duration = _part(source, index, settings.start, _end(settings, index))
     sampled = sample_frames(
         last - first,
         index.info.fps,
@@ -174,6 +182,7 @@ def make_plan(source: VideoSource, settings: ReadSettings) -> Plan:
         min_frames=settings.min_frames,
         max_frames=settings.max_frames,
         clip_len=settings.clip_len,
+        multiple_of=settings.multiple_of,
         bounds=settings.bounds,
         generator=settings.generator,
     )
@@ -188,12 +197,12 @@ def make_plan(source: VideoSource, settings: ReadSettings) -> Plan:
         frames = nearest_keyframes(frames, keyframes, index.seconds)
     frames = pad_to_clips(frames, settings.clip_len, pad=settings.pad)
     wanted, places = _places(frames)
-    size = _size(settings.size, index)
+    size = _size(settings, index)
     return Plan(
         source=source,
         index=index,
         reader=reader(),
-        resizer=partial(scaler, size, index.info.rotation),
+        resizer=partial(scaler, size, index.info.rotation, settings.fit),
         num_threads=_num_threads(settings.num_threads),
         wanted=wanted,
         places=places,
@@ -216,6 +225,16 @@ def _check_part(source: Source, start: float | None, end: float | None) -> None:
             )
     if start is not None and end is not None and start >= end:
         raise VideoError(f"{source.name}: start {start} s is not before end {end} s; swap them, or leave one out")
+
+
+def _end(settings: ReadSettings, index: VideoIndex) -> float | None:
+    if not 0 <= settings.end_margin < math.inf:
+        raise ValueError(f"end_margin is {settings.end_margin}; it is a time in seconds, from 0")
+    is_part = settings.start is not None or settings.end is not None
+    if not (settings.end_margin and is_part):
+        return settings.end
+    latest = index.info.duration - settings.end_margin
+    return latest if settings.end is None else min(settings.end, latest)
 
 
 def _part(source: Source, index: VideoIndex, start: float | None, end: float | None) -> tuple[int, int, float, float]:
@@ -243,7 +262,14 @@ def _places(frames: list[int]) -> tuple[list[int], list[list[int]]]:
     return wanted, places
 
 
-def _size(size: int | tuple[int, int] | None, index: VideoIndex) -> tuple[int, int]:
+def _size(settings: ReadSettings, index: VideoIndex) -> tuple[int, int]:
+    size = settings.size
+    if settings.fit not in FITS:
+        raise ValueError(f"unknown fit {settings.fit!r}; use one of {', '.join(FITS)}")
+    if settings.fit == "crop" and np.ndim(size or ()):
+        raise ValueError(
+            f"fit='crop' makes squares, and size is {size!r}; give one number of pixels, or fit='stretch'"
+        )
     if size is None:
         return index.info.height, index.info.width
     sides = (size, size) if np.ndim(size) == 0 else tuple(size)

@@ -6,6 +6,7 @@ import torch
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
+from hico.preprocessing import centre_crop, fitted_size
 from hico.registry import Registry
 
 TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
@@ -17,13 +18,15 @@ class ExactResizer:
     One instance serves one thread.
 
     Args:
-        size: ``(height, width)`` of the result; the aspect ratio is not kept.
+        size: ``(height, width)`` of the result.
         rotation: degrees counter-clockwise to turn decoded frames; images and arrays are taken as upright.
+        fit: one of `hico.preprocessing.FITS`.
     """
 
-    def __init__(self, size: tuple[int, int], rotation: int = 0):
+    def __init__(self, size: tuple[int, int], rotation: int = 0, fit: str = "stretch"):
         self.size = size
         self.rotation = rotation
+        self.fit = fit
         self._reformatter = VideoReformatter()
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
@@ -35,9 +38,10 @@ class ExactResizer:
         """Resize an upright image; returns ``(h, w, 3)`` uint8."""
         if image.mode not in {"RGB", "RGBX"}:
             image = image.convert("RGB")
-        if image.size != self.size[::-1]:
-            image = image.resize(self.size[::-1], Image.Resampling.BICUBIC)
-        return np.asarray(image)[..., :3]
+        size = fitted_size((image.height, image.width), self.size, fit=self.fit)
+        if image.size != size[::-1]:
+            image = image.resize(size[::-1], Image.Resampling.BICUBIC)
+        return centre_crop(np.asarray(image)[..., :3], self.size)
 
     def _to_image(self, frame: av.VideoFrame) -> Image.Image:
         # PIL reads four bytes per pixel in place, and copies three. swscale (8.1) leaves the last columns black in
@@ -59,12 +63,15 @@ class FastResizer(ExactResizer):
         shape, strides = (frame.height, frame.width, 3), (plane.line_size, 3, 1)
         picture = np.ndarray(shape, np.uint8, buffer=plane, strides=strides)
         is_quarter_turned = self.rotation in {90, 270}
-        resized = _interpolate(picture, self.size[::-1] if is_quarter_turned else self.size)
-        return np.rot90(resized, self.rotation // 90)  # counter-clockwise, like PIL's ROTATE_90
+        size = fitted_size(shape[:2], self.size[::-1] if is_quarter_turned else self.size, fit=self.fit)
+        upright = np.rot90(_interpolate(picture, size), self.rotation // 90)  # counter-clockwise, like PIL's ROTATE_90
+        return centre_crop(upright, self.size)
 
     def from_image(self, image: Image.Image) -> np.ndarray:
         """Resize an upright image; returns ``(h, w, 3)`` uint8."""
-        return _interpolate(np.array(image.convert("RGB")), self.size)
+        picture = np.array(image.convert("RGB"))
+        size = fitted_size(picture.shape[:2], self.size, fit=self.fit)
+        return centre_crop(_interpolate(picture, size), self.size)
 
 
 def _interpolate(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
