@@ -84,8 +84,8 @@ def sample_frames(
         bounds: ``max_wins`` never exceeds ``max_frames`` (rounded down to whole clips where it holds one), never
             repeats a frame to reach a count, except to fill the first clip in the modes of whole clips, and thins a
             long ``fpsX`` evenly. ``published`` is the rule of the released code: the minimum beats the maximum, a
-            video with too few frames repeats its last one up to the count, and ``fpsX`` ignores the minimum, drops
-            everything after ``max_frames`` and may be empty.
+            video with too few frames repeats its last one up to the count (``linspace`` repeats evenly), and ``fpsX``
+            ignores the minimum, drops everything after ``max_frames`` and may be empty.
         generator: source of chance for ``rand``.
 
     Returns:
@@ -214,11 +214,14 @@ class _Intervals:
     settings: frozenset[str]
     min_frames: int = 1
     max_frames: float = math.inf
+    repeats: bool = False
+    """Where the published bounds want more frames than there are, ``place`` repeats some, and not the last one."""
 
     def sample(self, request: _Request) -> list[int]:
         bound = _published_bounded if request.published else _bounded
         num_frames = bound(request, self.count(request), whole_clips=self.whole_clips)
-        indices = self.place(request, min(num_frames, request.num_source_frames)).tolist()
+        most = num_frames if self.repeats else request.num_source_frames
+        indices = self.place(request, min(num_frames, most)).tolist()
         return indices + indices[-1:] * (num_frames - len(indices))
 
 
@@ -252,7 +255,9 @@ class _AtTimes:
 _RULES = {
     "middle": _Intervals(_num_requested, _middles, whole_clips=False, settings=frozenset({"num_frames", "fix_start"})),
     "rand": _Intervals(_num_requested, _random, whole_clips=False, settings=frozenset({"num_frames"})),
-    "linspace": _Intervals(_num_requested, _from_end_to_end, whole_clips=False, settings=frozenset({"num_frames"})),
+    "linspace": _Intervals(
+        _num_requested, _from_end_to_end, whole_clips=False, settings=frozenset({"num_frames"}), repeats=True
+    ),
     "dual": _Intervals(
         _num_dual,
         _middles,

@@ -52,7 +52,8 @@ class GoldenCase:
         expected = self[expected] if isinstance(expected, str) else expected
         tolerance = self.entry["tolerance"]
         exact = tolerance == "exact" or not expected.is_floating_point()
-        torch.testing.assert_close(actual, expected, **({"rtol": 0, "atol": 0} if exact else tolerance))
+        bounds = {"rtol": 0, "atol": 0} if exact else {name: tolerance[name] for name in ("rtol", "atol")}
+        torch.testing.assert_close(actual, expected, **bounds)
 
 
 def golden_cases(group: str) -> list[GoldenCase]:

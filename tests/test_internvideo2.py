@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import golden_cases
 from internvideo2_reference import encode
 from torch import Tensor, nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
@@ -43,6 +44,22 @@ def positions_of(encoder: InternVideo2Encoder, num_frames: int, *, side: int = 3
 def test_tokens_are_those_of_the_formulas(num_frames):
     encoder, clips = tiny().double(), clips_of(num_frames).double()
     torch.testing.assert_close(encoder(clips), encode(encoder.state_dict(), clips, num_heads=3))
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(
+    "case", [case for case in golden_cases("R") if "qk_norm" in case.config], ids=lambda case: case.name
+)
+@torch.no_grad()
+def test_tokens_are_those_of_the_released_code(case):
+    config = case.config
+    sizes = {name: config[name] for name in ("image_size", "hidden_size", "depth", "num_heads", "patch_size")}
+    width = round(config["hidden_size"] * config["mlp_ratio"])
+    encoder = InternVideo2Encoder(**sizes, intermediate_size=width, pretrained_side=config["pretrained_side"])
+    encoder.load_state_dict(case.weights)
+    assert len(encoder.blocks) == config["blocks_run"]
+    for pixels, expected in (("clips", "expected_video"), ("images", "expected_image")):
+        case.assert_close(encoder(case[pixels]), expected)
 
 
 @pytest.mark.parametrize("return_index", [-1, -2, -4])

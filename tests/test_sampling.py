@@ -79,6 +79,16 @@ def test_a_multiple_that_cannot_be_is_refused(settings, words):
         sample_frames(100, 25.0, multiple_of=8, **settings)
 
 
+def test_longva_repeats_frames_evenly_as_published():
+    def taken(num_source, num_frames, **settings):
+        return sample_frames(num_source, 30.0, mode="linspace", num_frames=num_frames, **settings)
+
+    assert taken(3, 7, bounds="published") == [0, 0, 0, 1, 1, 1, 2]
+    assert taken(1, 3, bounds="published") == [0, 0, 0]
+    assert taken(33, 5, bounds="published") == taken(33, 5) == [0, 8, 16, 24, 32]
+    assert taken(3, 7) == [0, 1, 2]
+
+
 def test_a_rate_takes_whole_multiples_too():
     assert len(sample_frames(300, 30.0, rate=2.0, multiple_of=8)) == 16
     assert len(sample_frames(300, 30.0, rate=2.0)) == 20
