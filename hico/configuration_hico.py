@@ -12,7 +12,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from hico.llm_dropout import DropSchedule
-from hico.published import is_published, translate
+from hico.published import is_published, translate, what_it_is
 from hico.registry import COMPRESSORS, ENCODERS
 
 logger = logging.getLogger(__name__)
@@ -199,6 +199,7 @@ class HicoConfig(PreTrainedConfig):
 
         Raises:
             OSError: if there is none; transformers would take the defaults, and so make a model of 7 billion weights.
+            ValueError: if it is in another layout; the message says in which.
         """
         # Tokenizers of transformers import its configurations, and this module is imported while those are.
         from hico.tokenizer import add_placeholders, load_llm_tokenizer
@@ -215,6 +216,8 @@ class HicoConfig(PreTrainedConfig):
                 _warn_once(f"{pretrained_model_name_or_path}: keys that are not known have no effect: {found.unknown}")
             tokenizer = load_llm_tokenizer(str(pretrained_model_name_or_path), known=False, **hub_kwargs)
             settings = {**found.config, **(add_placeholders(tokenizer) if tokenizer else {})}
+        elif settings.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(f"{pretrained_model_name_or_path} holds no model that hico reads. {what_it_is(settings)}")
         return settings, kwargs
 
     @property

@@ -107,17 +107,20 @@ def test_the_processor_writes_the_published_prompt(flash, tmp_path, how):
     frames = torch.randint(256, (8, 3, 30, 40), dtype=torch.uint8)
     content = [{"type": "video", "video": frames}, {"type": "text", "text": "What happens?"}]
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=True, add_generation_prompt=True
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        add_generation_prompt=True,
+        video_metadata={"total_num_frames": 8, "fps": 1.0},
     )
     assert processor.decode(inputs["input_ids"][0]) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n" + "<|video_pad|>" * 128 + "\n"
-        "The video lasts for 8.00 seconds, and 8 frames are uniformly sampled from it. \nWhat happens?<|im_end|>\n"
+        "The video lasts for 8.00 seconds, and 8 frames are uniformly sampled from it. What happens?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
     assert int((inputs["input_ids"] == model.config.video_token_id).sum()) == 128
     assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
-    assert processor.time_message == "short"
-    assert processor.video == {"mode": "dynamic_fps1", "min_frames": 64, "max_frames": 512}
+    assert processor.time_message == "chat"
+    assert processor.video["multiple_of"] == 8
 
 
 def test_longva_is_prompted_without_times_and_sampled_from_end_to_end(tmp_path):
@@ -130,7 +133,8 @@ def test_longva_is_prompted_without_times_and_sampled_from_end_to_end(tmp_path):
         content = [{"type": "video", "video": frames}, {"type": "text", "text": "Why?"}]
         inputs = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True)
         assert "user\n" + "<|video_pad|>" * 12 + "\nWhy?<|im_end|>" in processor.decode(inputs["input_ids"][0])
-        assert processor.video_settings({"num_frames": 16}) == {"mode": "linspace", "num_frames": 16}
+        assert processor.video == {"mode": "linspace", "num_frames": 32, "bounds": "published", "fit": "crop"}
+        assert processor.video_settings({"num_frames": 16}) == {**processor.video, "num_frames": 16}
         assert processor.image_tiling == "unires"
 
 

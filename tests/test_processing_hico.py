@@ -44,7 +44,10 @@ def test_byte_tokenizer_gives_every_text_back():
 
 def test_a_video_becomes_placeholders_and_a_time_message(processor):
     inputs = processor.apply_chat_template(
-        user({"type": "video", "video": frames(8)}, text("What?")), tokenize=True, add_generation_prompt=True
+        user({"type": "video", "video": frames(8)}, text("What?")),
+        tokenize=True,
+        add_generation_prompt=True,
+        video_metadata={"total_num_frames": 8, "fps": 1.0},
     )
     assert (inputs["input_ids"] == VIDEO).sum() == 32
     assert inputs["pixel_values_videos"].shape == (2, 4, 3, 48, 48)
@@ -187,9 +190,9 @@ def test_settings_without_effect_are_refused(processor):
         processor.apply_chat_template(user(text("hi")), tokenize=True, num_frames=4)
     with pytest.raises(TypeError, match="unknown arguments videos"):
         processor.apply_chat_template(user(text("hi")), videos=[frames(4)])
-    with pytest.raises(ValueError, match="num_frames, start have no effect on frames"):
+    with pytest.raises(ValueError, match="end, start have no effect on frames"):
         processor.apply_chat_template(
-            user({"type": "video", "video": frames(8), "num_frames": 4, "start": 1.0}), tokenize=True
+            user({"type": "video", "video": frames(8), "num_frames": 4, "end": 2.0, "start": 1.0}), tokenize=True
         )
 
 
@@ -209,6 +212,52 @@ def test_an_answer_can_be_continued(processor):
     assert processor.apply_chat_template(messages, continue_final_message=True).endswith("\nOne, two")
 
 
-def test_a_longva_processor_writes_no_time_message():
-    processor = HicoProcessor.from_config(HicoConfig.preset("longva-7b"), byte_tokenizer())
-    assert (processor.time_message, processor.image_tiling) == (None, "unires")
+def test_a_longva_processor_writes_no_time_message_and_crops_frames():
+    for video in ({}, {"num_frames": 8}):
+        processor = HicoProcessor.from_config(HicoConfig.preset("longva-7b"), byte_tokenizer(), video=video)
+        assert (processor.time_message, processor.image_tiling) == (None, "unires")
+        assert processor.video == {"fit": "crop", **video}
+
+
+def test_what_the_model_says_is_not_asked_of_a_video(processor):
+    with pytest.raises(TypeError, match=r"clip_len = 8 cannot be asked .* has 4 frames; .* set multiple_of"):
+        processor("<|video_pad|>", videos="a.mp4", video_kwargs={"clip_len": 8})
+    with pytest.raises(TypeError, match="size = 24 cannot be asked of a video: the model takes one size"):
+        processor.video_settings({"size": 24})
+    with pytest.raises(TypeError, match="clip_len = 8 cannot be asked"):
+        HicoProcessor.from_config(HicoConfig.preset("tiny"), byte_tokenizer(), video={"clip_len": 8})
+
+
+def test_a_user_changes_the_multiple_and_a_bound_gives_way(processor, tmp_path):
+    for number in range(40):
+        picture(48, 48).save(tmp_path / f"{number}.png")
+    processor.video = {"mode": "dynamic_fps1", "min_frames": 4, "max_frames": 512, "multiple_of": 16}
+
+    def num_frames(**asked):
+        return len(processor("<|video_pad|>", videos=tmp_path, video_kwargs=asked)["pixel_values_videos"]) * 4
+
+    assert [num_frames(), num_frames(multiple_of=8), num_frames(multiple_of=4)] == [32, 40, 40]
+    assert num_frames(fps=1) == 40  # and no multiple of 16
+    assert num_frames(num_frames=7) == 8
+    processor.video["min_frames"] = 64
+    assert num_frames(max_frames=16) == 16
+    processor.video = {"mode": "linspace", "num_frames": 32, "bounds": "published"}
+    assert processor.video_settings({"num_frames": 16}) == {**processor.video, "num_frames": 16}
+    assert num_frames(max_frames=16) == 16
+
+
+def test_the_question_of_a_chat_follows_the_sentence_in_its_line(processor):
+    metadata = {"total_num_frames": 8, "fps": 1.0}
+    turns = [*user({"type": "video", "video": frames(8)}, text("What?")), {"role": "assistant", "content": "That."}]
+    turns += user(text("Why?"))
+    sentence = "\nThe video lasts for 8.00 seconds, and 8 frames are uniformly sampled from it. "
+    for style, between in (("short", "\n"), ("chat", "")):
+        processor.time_message = style
+        for messages, rest in ((turns[:1], ""), (turns, "<|im_start|>assistant\nThat.<|im_end|>\n")):
+            expected = (
+                "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+                f"{'<|video_pad|>' * 32}{sentence}{between}What?<|im_end|>\n{rest}"
+            )
+            expected += "<|im_start|>user\nWhy?<|im_end|>\n" if rest else ""
+            inputs = processor.apply_chat_template(messages, tokenize=True, video_metadata=metadata)
+            assert inputs["input_ids"].tolist() == [processor.tokenizer(expected)["input_ids"]]

@@ -145,6 +145,7 @@ def _lost_settings(processor: HicoProcessor, published: dict[str, Any]) -> list[
 def _assemble(
     source: Source, target: Path, encoder: str | Path | None, projector: str | Path | None, preset: str | None
 ) -> Report:
+    text_config = llm_config(source.config)
     if encoder is None:
         raise ValueError(f"{source.path} is an LLM ({source.config.get('model_type')}); say which encoder it gets")
     tower = Source.at(encoder)
@@ -153,7 +154,6 @@ def _assemble(
             f"{encoder} is no vision tower ({tower.kind}); give a file of UMT or InternVideo2, or a CLIP or SigLIP "
             "folder"
         )
-    text_config = llm_config(source.config)
     tokenizer = load_llm_tokenizer(str(source.path))
     config = _assembled_config(text_config, tower, tokenizer, preset)
     expected = Expected.of(config)

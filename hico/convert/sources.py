@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from hico.configuration_hico import HicoConfig
 from hico.convert.plan import Rename, Unused
-from hico.published import LAYER_SCALE, SYSTEMS, is_published, system_of, to_hico
+from hico.published import LAYER_SCALE, SYSTEMS, is_published, saying_what_it_is, system_of, to_hico
 from hico.shards import CheckpointError, Shard, iterate_shards
 
 HICO, LLM, VISION_TOWER, WEIGHTS = "hico", "LLM", "vision tower", "weights"
@@ -98,7 +98,8 @@ def llm_config(config: dict[str, Any]) -> PreTrainedConfig:
     """
     written = ("architectures", "auto_map", "transformers_version")
     settings = {key: value for key, value in config.items() if key not in written}
-    return HicoConfig(text_config={"model_type": None, **settings}).text_config
+    with saying_what_it_is(config):
+        return HicoConfig(text_config={"model_type": None, **settings}).text_config
 
 
 def tower_settings(config: dict[str, Any]) -> dict[str, Any]:

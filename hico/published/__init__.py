@@ -17,6 +17,7 @@ from hico.published.names import (
     to_hico_on_load,
     to_published,
 )
+from hico.published.others import saying_what_it_is, what_it_is
 from hico.published.translation import SIZE_NAMES, SIZES_KEY, TOWERS, Translation, is_published, system_of, translate
 
 __all__ = [
@@ -31,9 +32,11 @@ __all__ = [
     "VIDEOCHAT_FLASH",
     "Translation",
     "is_published",
+    "saying_what_it_is",
     "system_of",
     "to_hico",
     "to_hico_on_load",
     "to_published",
     "translate",
+    "what_it_is",
 ]

@@ -63,6 +63,7 @@ _IGNORED = {
     "this tiling does not crop or split": ("image_crop_resolution", "image_split_resolution"),
     "frames are not tiled": ("frame_grid_pinpoints",),
     "attention is exact at any length": ("dual_chunk_attention_config",),
+    "nothing reads it at inference": ("max_num_pixels", "min_slow_num_frames"),
 }
 REASONS = {key: reason for reason, keys in _IGNORED.items() for key in keys}
 

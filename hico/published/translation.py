@@ -1,5 +1,6 @@
 """A published configuration in our words."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from hico.grids import anyres_grids, unires_grids
 from hico.llm_dropout.schedule import DropSchedule
 from hico.published.keys import REASONS, TEXT_KEYS, Keys
 from hico.published.names import LONGVA, VIDEOCHAT_FLASH
+from hico.published.others import saying_what_it_is
 
 SIZES_KEY = "_tiny_tower_sizes_not_in_official_config"
 """The published code fixes the sizes of its towers. A checkpoint with another tower says here how it was made:
@@ -70,7 +72,8 @@ def system_of(config: Mapping[str, Any]) -> str:
     Raises:
         ValueError: if neither has such a projector.
     """
-    return Keys(dict(config)).choose("mm_projector_type", _READERS)[0]
+    with saying_what_it_is(config):
+        return Keys(dict(config)).choose("mm_projector_type", _READERS)[0]
 
 
 def translate(config: Mapping[str, Any]) -> Translation:
@@ -79,8 +82,14 @@ def translate(config: Mapping[str, Any]) -> Translation:
     Every key is used, or ignored for a reason, or reported as unknown.
 
     Raises:
-        ValueError: if a key asks for what hico has not; the message names the key, its value and what is known.
+        ValueError: if a key asks for what hico has not; the message names the key, its value and what is known, and
+            says what the folder is.
     """
+    with saying_what_it_is(config):
+        return _translate(config)
+
+
+def _translate(config: Mapping[str, Any]) -> Translation:
     keys = Keys(dict(config))
     system, read = keys.choose("mm_projector_type", _READERS)
     text = _text_config(keys)
@@ -134,6 +143,12 @@ _LAYER_SETTING = {
 }
 
 
+ANSWERED_MULTIPLE = 8
+"""The releases answer from so many frames, or a multiple; they were trained on multiples of a clip, which has 4."""
+LONGVA_FRAMES = 32
+"""LongVA's demo and its evaluation with lmms-eval take so many frames of a video, its README 16."""
+
+
 def _videochat_flash(keys: Keys) -> tuple[dict[str, Any], dict[str, Any]]:
     encoder = _encoder(keys)
     keys.require("mm_patch_merge_type", "spatial_nopad")
@@ -154,9 +169,16 @@ def _videochat_flash(keys: Keys) -> tuple[dict[str, Any], dict[str, Any]]:
         "drop_schedule": _drop_schedule(keys),
     }
     tilings = {"anyres_nopad": "anyres_nopad", "square": "single", None: "single"}
+    multiple_of = math.lcm(ANSWERED_MULTIPLE, config["clip_len"])
     processor = {
-        "time_message": "short",
-        "video": {"mode": "dynamic_fps1", "min_frames": 64, "max_frames": 512},
+        "time_message": "chat",
+        "video": {
+            "mode": "dynamic_fps1",
+            "min_frames": 64,
+            "max_frames": 512,
+            "multiple_of": multiple_of,
+            "end_margin": 0.1,
+        },
         "image_tiling": _tiling(keys, tilings, tile=encoder["image_size"]),
     }
     return config, processor
@@ -165,8 +187,10 @@ def _videochat_flash(keys: Keys) -> tuple[dict[str, Any], dict[str, Any]]:
 def _longva(keys: Keys) -> tuple[dict[str, Any], dict[str, Any]]:
     encoder = _encoder(keys)
     keys.require("mm_use_im_start_end", False)
+    keys.require("use_mm_proj", True)
     keys.require("mm_llm_compress", False)
-    keys.require("mm_resampler_type", None)
+    # LongVA-7B-DPO names a resampler that has no weights and stands outside the path of images and videos.
+    keys.choose("mm_resampler_type", {None: None, "spatial_pool": None})
     keys.ignore("mm_newline_position", "this merge type has no newlines")
     keys.ignore("mm_spatial_pool_out_channels", "pooling keeps the channels")
     pooling = {
@@ -184,7 +208,7 @@ def _longva(keys: Keys) -> tuple[dict[str, Any], dict[str, Any]]:
     tilings = {"anyres": "unires", "square": "single", None: "single"}
     processor = {
         "time_message": None,
-        "video": {"mode": "linspace", "num_frames": 128},
+        "video": {"mode": "linspace", "num_frames": LONGVA_FRAMES, "bounds": "published", "fit": "crop"},
         "image_tiling": _tiling(keys, tilings, tile=encoder["image_size"]),
     }
     return config, processor
