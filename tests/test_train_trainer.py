@@ -1,6 +1,7 @@
 import ctypes
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -201,6 +202,18 @@ def test_a_trained_processor_chooses_frames_as_in_training(folder):
     assert run.prepare(make(folder, data=[{"json_path": str(folder / "text.jsonl")}])).processor.video == {}
     final = run.run_stage(make(folder, max_steps=1))
     assert HicoProcessor.from_pretrained(final).video == {"mode": "middle", "num_frames": 8}
+
+
+def test_training_keeps_the_crop_of_a_processor_and_its_own_line_after_a_video(folder):
+    start = folder / "released"
+    shutil.copytree(Path(make(folder).model), start)
+    processor = HicoProcessor.from_pretrained(start)
+    processor.video, processor.time_message = {"fit": "crop", "multiple_of": 8}, "chat"
+    processor.save_pretrained(start)
+    trained = run.prepare(make(folder, model=str(start))).processor
+    assert trained.video == {"fit": "crop", "mode": "middle", "num_frames": 8}
+    assert trained.time_message == "short"
+    assert run.prepare(make(folder, video={"fit": "stretch"}, model=str(start))).processor.video["fit"] == ("stretch")
 
 
 def test_random_frames_follow_seed_epoch_and_row_alone(folder):

@@ -46,7 +46,8 @@ class TrainingRows(Dataset):
         self.labels = Labels(processor, settings.label_scheme)
         self.visual_ids = self.labels.visual_ids
         vision = processor.vision
-        video = {**frame_settings(settings), **settings.video, "size": vision.image_size, "clip_len": vision.clip_len}
+        video = {**own_fit(processor), **frame_settings(settings), **settings.video}
+        video |= {"size": vision.image_size, "clip_len": vision.clip_len}
         self._read = TimedReader(partial(read_media, settings=video), settings.decode_timeout)
 
     def __len__(self) -> int:
@@ -119,6 +120,11 @@ def frame_settings(settings: RowSettings) -> dict[str, Any]:
     if settings.frame_sampling in ("middle", "rand"):
         return {"mode": settings.frame_sampling, "num_frames": settings.max_frames}
     return {"mode": settings.frame_sampling, "min_frames": settings.min_frames, "max_frames": settings.max_frames}
+
+
+def own_fit(processor: HicoProcessor) -> dict[str, str]:
+    """Return how a processor makes squares of frames, which training does not change unless it says so."""
+    return {name: value for name, value in processor.video.items() if name == "fit"}
 
 
 def read_media(

@@ -12,7 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from hico.configuration_hico import HicoConfig
 from hico.convert.sources import HICO, Source
 from hico.data.batching import BatchRule, BatchSampler
-from hico.data.dataset import frame_settings
+from hico.data.dataset import frame_settings, own_fit
 from hico.data.labels import Labels
 from hico.data.lengths import estimate_lengths
 from hico.data.mixture import Mixture, read_mixture
@@ -92,7 +92,7 @@ def prepare(recipe: Recipe, *, start: HicoConfig | None = None, is_first: bool =
     mixture = read_mixture(recipe.data, seed=seed, sampling_strategy=recipe.sampling_strategy, check_files=check_files)
     if mixture.num_videos.any():
         # What is asked of the trained model later sees as many frames, chosen without chance.
-        frames = frame_settings(recipe)
+        frames = {**own_fit(processor), **frame_settings(recipe)}
         processor.video = {**frames, "mode": frames["mode"].replace("rand", "middle"), **recipe.video}
     lengths = estimate_lengths(mixture, processor, recipe)
     rows, eval_mixture, eval_rows, eval_lengths = np.arange(len(mixture)), None, None, None
