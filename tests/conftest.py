@@ -1,11 +1,13 @@
 """Shared set-up of the test suite."""
 
 import os
+import tempfile
 
 import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HICO_CACHE"] = tempfile.mkdtemp(prefix="hico-cache-")
 
 
 @pytest.fixture(autouse=True)

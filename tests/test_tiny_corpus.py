@@ -32,9 +32,14 @@ def rows_of(corpus: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (corpus / f"{name}.jsonl").read_text().splitlines()]
 
 
+NOTES = ["labels", "boxes", "choices"]
+
+
 def test_every_file_of_every_row_is_there(corpus):
     for name in (*TRAINING, "held_out_short", "held_out_long"):
-        mixture = read_mixture([{"json_path": str(corpus / f"{name}.jsonl"), "data_root": str(corpus)}])
+        mixture = read_mixture(
+            [{"json_path": str(corpus / f"{name}.jsonl"), "data_root": str(corpus), "other_keys": NOTES}]
+        )
         assert len(mixture) == len(rows_of(corpus, name))
 
 

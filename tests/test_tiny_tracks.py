@@ -26,6 +26,10 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
+def dataset(rows: Path, folder: Path) -> dict:
+    return {"json_path": str(rows), "data_root": str(folder), "other_keys": ["labels", "boxes"]}
+
+
 def recipe(corpus: Path, output_dir: Path, **changes):
     return make_recipe(
         {
@@ -34,7 +38,7 @@ def recipe(corpus: Path, output_dir: Path, **changes):
             "trainable": ["encoder"],
             "model": str(corpus / "model"),
             "output_dir": str(output_dir),
-            "data": [{"json_path": str(corpus / "tracks.jsonl"), "data_root": str(corpus)}],
+            "data": [dataset(corpus / "tracks.jsonl", corpus)],
             "max_frames": 4,
             "learning_rate": 1e-3,
             "max_steps": 2,
@@ -97,7 +101,7 @@ def test_videos_of_several_clips_are_an_error(corpus, tmp_path):
     longer = [{**row, "video": f"videos/pair_{number:05d}.mp4"} for number, row in enumerate(rows[:4])]
     path = tmp_path / "longer.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in longer))
-    data = [{"json_path": str(path), "data_root": str(corpus)}]
+    data = [dataset(path, corpus)]
     with pytest.raises(ValueError, match="4 videos make 8 clips"):
         run_stage(recipe(corpus, tmp_path / "out", data=data, max_frames=8))
 
@@ -141,7 +145,7 @@ def test_rows_that_cannot_be_read_are_left_out(corpus, tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     rows[1]["video"] = str(tmp_path / "broken.mp4")
     (tmp_path / "tracks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = [{"json_path": str(tmp_path / "tracks.jsonl"), "data_root": str(corpus)}]
+    data = [dataset(tmp_path / "tracks.jsonl", corpus)]
     with pytest.raises(SampleError, match=r"tracks\.jsonl:2 cannot be read"):
         run_stage(recipe(corpus, tmp_path / "out", data=data))
     final = run_stage(recipe(corpus, tmp_path / "out", data=data, on_bad_sample="skip", max_bad_fraction=0.2))
@@ -154,6 +158,6 @@ def test_nothing_that_can_be_read_is_an_error(corpus, tmp_path):
     row = json.loads((corpus / "tracks.jsonl").read_text().splitlines()[0])
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     (tmp_path / "tracks.jsonl").write_text(json.dumps({**row, "video": "broken.mp4"}))
-    data = [{"json_path": str(tmp_path / "tracks.jsonl"), "data_root": str(tmp_path)}]
+    data = [dataset(tmp_path / "tracks.jsonl", tmp_path)]
     with pytest.raises(SampleError, match=r"none of the 1 rows can be read; .*/bad_rows-0\.jsonl says why"):
         run_stage(recipe(corpus, tmp_path / "out", data=data, on_bad_sample="skip"))

@@ -25,7 +25,21 @@ from hico.train.__main__ import main
 
 WORDS = ["video", "image", "text", "user", "assistant", "human", "gpt", "system", "a.mp4", "<image>", "<video>\nWhat?"]
 KEYS = ["conversations", "messages", "from", "value", "role", "content", "type", "text", "video", "videos", "image"]
-KEYS += ["images", "image_url", "url", "path", "start", "end", "duration", "id"]
+KEYS += [
+    "images",
+    "image_url",
+    "url",
+    "path",
+    "start",
+    "end",
+    "duration",
+    "id",
+    "fps",
+    "clip",
+    "system",
+    "loss",
+    "nope",
+]
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from([*WORDS, "", " ", "\ud800", "3"])
 values = st.recursive(
     leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3)

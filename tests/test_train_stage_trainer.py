@@ -57,7 +57,7 @@ def test_a_signal_after_the_last_step_leaves_the_result(folder, monkeypatch, met
 
 
 def test_the_checkpoint_that_a_signal_asked_for_stays_beside_the_best_one(folder, monkeypatch):
-    recipe = make(folder, **BEST, learning_rate=5.0)
+    recipe = make(folder, **BEST, learning_rate=100.0)
     with monkeypatch.context() as patch:
         signal_in(patch, "training_step", step=3)
         stopped(recipe)
@@ -65,7 +65,7 @@ def test_the_checkpoint_that_a_signal_asked_for_stays_beside_the_best_one(folder
 
 
 def test_the_best_checkpoint_is_found_where_the_run_was_moved(folder, tmp_path):
-    recipe = make(folder, **BEST, learning_rate=5.0)
+    recipe = make(folder, **BEST, learning_rate=100.0)
     best = weights(run.run_stage(recipe))
     shutil.rmtree(folder / "out/final")
     shutil.move(folder / "out", folder / "moved")

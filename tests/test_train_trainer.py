@@ -396,7 +396,7 @@ def test_a_stuck_decoder_is_a_bad_row(folder, monkeypatch):
 
     recipe = make(folder, on_bad_sample="skip", decode_timeout=0.3)
     dataset, _ = examples(recipe, [])
-    monkeypatch.setattr("hico.data.dataset.read_video", stuck)
+    monkeypatch.setattr("hico.data.media.read_video", stuck)
     bad = dataset[0, 0]
     assert isinstance(bad, BadRow)
     assert "longer than 0.3 s" in bad.reason

@@ -1,25 +1,23 @@
 """Rows of a mixture as token ids, labels and pixels."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
 from hico.data.batching import Key
 from hico.data.decoding import SampleError, TimedReader
 from hico.data.labels import Labels
+from hico.data.media import read_media
 from hico.data.mixture import MODALITIES, Mixture
-from hico.data.records import Media, Record
-from hico.data.rowfiles import open_source
-from hico.data.settings import RowSettings
+from hico.data.records import Record
+from hico.data.settings import RowSettings, own_fit, read_settings
 from hico.processing_hico import HicoProcessor
 from hico.prompt import IGNORE_INDEX
-from hico.video_io import Video, read_video
+from hico.video_io import Video
 
 
 @dataclass(frozen=True)
@@ -46,8 +44,7 @@ class TrainingRows(Dataset):
         self.labels = Labels(processor, settings.label_scheme)
         self.visual_ids = self.labels.visual_ids
         vision = processor.vision
-        video = {**own_fit(processor), **frame_settings(settings), **settings.video}
-        video |= {"size": vision.image_size, "clip_len": vision.clip_len}
+        video = {**own_fit(processor), **read_settings(settings, vision.clip_len), "size": vision.image_size}
         self._read = TimedReader(partial(read_media, settings=video), settings.decode_timeout)
 
     def __len__(self) -> int:
@@ -99,6 +96,8 @@ class TrainingRows(Dataset):
     def _fit(self, example: dict[str, Any]) -> dict[str, Any]:
         limit, length = self.settings.max_length, len(example["input_ids"])
         if length > limit:
+            if self.settings.on_long_sample == "bad":
+                raise SampleError(f"it has {length} tokens, and max_length is {limit}; raise it or shorten the row")
             visual = int(torch.isin(example["input_ids"], self.visual_ids).sum())
             kept = example["input_ids"][:limit]
             if int(torch.isin(kept, self.visual_ids).sum()) < visual:
@@ -112,55 +111,10 @@ class TrainingRows(Dataset):
         return example
 
 
-def frame_settings(settings: RowSettings) -> dict[str, Any]:
-    """Return what is said about frames in the words of `hico.sampling.sample_frames`.
-
-    ``middle`` and ``rand`` take ``max_frames``, however long the video.
-    """
-    if settings.frame_sampling in ("middle", "rand"):
-        return {"mode": settings.frame_sampling, "num_frames": settings.max_frames}
-    return {"mode": settings.frame_sampling, "min_frames": settings.min_frames, "max_frames": settings.max_frames}
-
-
-def own_fit(processor: HicoProcessor) -> dict[str, str]:
-    """Return how a processor makes squares of frames, which training does not change unless it says so."""
-    return {name: value for name, value in processor.video.items() if name == "fit"}
-
-
-def read_media(
-    media: Sequence[Media], seed: int, own: dict[str, Any], *, settings: dict[str, Any]
-) -> list[Video | Image.Image]:
-    """Decode the videos and images of a row; runs in the child process of `TimedReader`.
-
-    Args:
-        media: of the row, in order.
-        seed: of random sampling.
-        own: settings of `hico.video_io.read_video` for the row's dataset.
-        settings: those for all.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        _read_video(item, {**settings, **own, "generator": generator}) if item.kind == "video" else _read_image(item)
-        for item in media
-    ]
-
-
 def row_seed(seed: int, epoch: int, index: int) -> int:
     """Return the seed of a row's random choices."""
     return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1)[0])
 
 
-def _read_video(item: Media, settings: dict[str, Any]) -> Video:
-    video = read_video(open_source(item.source), start=item.start, end=item.end, **settings)
-    # As an array, the frames go through the pipe in one piece.
-    return replace(video, frames=video.frames.numpy())
-
-
 def _with_tensor(video: Video) -> Video:
     return replace(video, frames=torch.from_numpy(video.frames))
-
-
-def _read_image(item: Media) -> Image.Image:
-    source = open_source(item.source)
-    with Image.open(source) as image:
-        return image.convert("RGB")

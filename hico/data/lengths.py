@@ -1,11 +1,22 @@
-"""Estimates of how many tokens rows take, made without opening their media."""
+"""How many tokens rows take: estimated without opening their media, or measured by their headers and indices."""
+
+import json
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from hico.data.cache import cached
+from hico.data.forms import Media
+from hico.data.media import measure
 from hico.data.mixture import Mixture
-from hico.data.settings import RowSettings
+from hico.data.settings import RowSettings, read_settings
+from hico.grids import choose_grid
 from hico.processing_hico import IMAGE_GRIDS, HicoProcessor
 from hico.prompt import time_message
+
+logger = logging.getLogger(__name__)
 
 TYPICAL_GRID = (2, 3)
 """Rows and columns taken for an image that may be tiled: those of a 640 x 480 photograph at 224 pixels a tile."""
@@ -28,7 +39,7 @@ def estimate_lengths(mixture: Mixture, processor: HicoProcessor, settings: RowSe
         per_video = np.floor(mixture.seconds[known] / np.maximum(mixture.num_videos[known], 1))
         frames[known] = np.clip(per_video, settings.min_frames, settings.max_frames)
     clips = np.ceil(frames / vision.clip_len) * mixture.num_videos
-    grid = TYPICAL_GRID if IMAGE_GRIDS[processor.image_tiling]() else (0, 0)
+    grid = TYPICAL_GRID if _grids(processor) else (0, 0)
     visual = clips * vision.num_video_tokens(vision.clip_len)
     # num_images is 0 for most rows, and the encoder may not take single frames: ask only if there are images.
     if mixture.num_images.any():
@@ -37,6 +48,70 @@ def estimate_lengths(mixture: Mixture, processor: HicoProcessor, settings: RowSe
     visual += mixture.num_videos * len(processor.tokenizer(sentence)["input_ids"])
     per_row, per_byte = _fit_text(mixture, processor)
     return np.clip(np.ceil(visual + per_row + per_byte * mixture.text_bytes), 1, settings.max_length).astype(np.int64)
+
+
+def measure_lengths(mixture: Mixture, processor: HicoProcessor, settings: RowSettings) -> np.ndarray:
+    """Measure the tokens of every row, by its text, the index of its videos and the header of its images.
+
+    What was measured is cached for the same rows, files, tokenizer and settings. A row with a file that cannot be
+    measured counts ``max_length``.
+
+    Returns:
+        ``(n,)`` int64, at most ``max_length``; no row has more tokens.
+    """
+    stats = [_stat(source) for index in range(len(mixture)) for source in mixture.sources(index)]
+    told = [mixture.manifest()["datasets"], stats, processor.tokenizer.backend_tokenizer.to_str()]
+    told += [processor.chat_template, processor.to_dict(), vars(settings), [vars(d.spec) for d in mixture.datasets]]
+    content = json.dumps(told, default=str, sort_keys=True)
+    found = cached("lengths", [content], lambda: {"lengths": _measure_all(mixture, processor, settings)})
+    return np.clip(found["lengths"], 1, settings.max_length)
+
+
+def _measure_all(mixture: Mixture, processor: HicoProcessor, settings: RowSettings) -> np.ndarray:
+    logger.warning("measuring the videos and images of %d rows, once for these files and settings", len(mixture))
+    video = read_settings(settings, processor.vision.clip_len)
+    known: dict[tuple[int, int], int] = {}
+
+    def tokens_of(item: Media, own: dict) -> int:
+        try:
+            seen, duration = measure(item, {**video, **own})
+        except Exception:  # a file may fail in any way, and does so again when it is its turn
+            return settings.max_length
+        if item.kind == "image":
+            grids = _grids(processor)
+            side = processor.vision.image_size
+            grid = choose_grid(*map(int, seen), tile=side, grids=grids)[::-1] if grids else (0, 0)
+            return processor.vision.num_image_tokens(grid) - 1
+        sentence = time_message(settings.time_message, duration=duration, seconds=seen)
+        key = len(seen), len(sentence)
+        if key not in known:
+            # Of sentences that are equally long, one may take a token more than another.
+            known[key] = len(processor.tokenizer(sentence, add_special_tokens=False)["input_ids"]) + 4 * bool(sentence)
+        num_frames = len(seen) + -len(seen) % processor.vision.clip_len
+        return processor.vision.num_video_tokens(num_frames) + known[key] - 1
+
+    def length_of(index: int) -> int:
+        record = mixture.record(index)
+        own = mixture.spec(index).video_settings
+        text = processor.apply_chat_template(record.messages)
+        placed = len(processor.tokenizer(text)["input_ids"])
+        return placed + sum(tokens_of(item, own) for item in record.media)
+
+    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
+        return np.array(list(pool.map(length_of, range(len(mixture)))), dtype=np.int64)
+
+
+def _grids(processor: HicoProcessor) -> list[tuple[int, int]]:
+    tiling = processor.image_tiling
+    return IMAGE_GRIDS[tiling]() if isinstance(tiling, str) else tiling
+
+
+def _stat(source) -> tuple[str, int, int]:
+    try:
+        stat = os.stat(source)
+    except (OSError, TypeError):  # missing, or inside another file
+        return str(source), 0, 0
+    return str(source), stat.st_size, stat.st_mtime_ns
 
 
 def _fit_text(mixture: Mixture, processor: HicoProcessor, num_rows: int = 64) -> tuple[float, float]:

@@ -2,24 +2,28 @@
 
 import glob
 import hashlib
+import logging
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
 from hico.data.fields import check_keys, check_ranges, check_types
 from hico.data.records import Record, parse_row
-from hico.data.rowfiles import RowFile, Shard, ShardMember, exists
+from hico.data.rowfiles import RowFiles, Source, exists, size_of
+from hico.data.survey import MODALITIES, Survey, key_of, survey
+from hico.data.tables import open_rows
 from hico.data.yaml_files import read_yaml
 from hico.video_io import READERS
 
-MODALITIES = ("text", "image", "video")
+logger = logging.getLogger(__name__)
+
 _STRATEGY = re.compile(r"(first[234]?|end|random):(\d+(?:\.\d+)?)(%?)")
 
 
@@ -28,11 +32,16 @@ class DatasetSpec:
     """One entry of a mixture file."""
 
     json_path: str
-    """A ``.json``, ``.jsonl`` or ``.tar`` file; ``*`` and ``{000..012}`` stand for several."""
+    """A ``.json``, ``.jsonl``, ``.tar`` or ``.parquet`` file, or a folder that `datasets` saved; ``*`` and
+    ``{000..012}`` stand for several."""
     data_root: str = ""
     """Folder that the rows' file names are relative to."""
     sampling_strategy: str = "all"
     """Which rows to take, see `select_rows`."""
+    repeat: int = 1
+    """How often to take every one of them in an epoch."""
+    other_keys: list[str] = field(default_factory=list)
+    """Keys of rows that are notes to others; any other unknown key is an error."""
     media_type: str | None = None
     """``video``, ``image`` or ``text``: rows with other media are an error. Rows decide for themselves if omitted."""
     video_read_type: str | None = None
@@ -53,7 +62,8 @@ class DatasetSpec:
 @dataclass(frozen=True)
 class _Dataset:
     spec: DatasetSpec
-    files: list[RowFile | Shard]
+    files: list[RowFiles]
+    surveys: list[Survey]
     offsets: np.ndarray
     """Number of the first row of every file, and at last the number of rows."""
 
@@ -64,19 +74,41 @@ class _Dataset:
     def name(self) -> str:
         return self.spec.name or Path(self.spec.json_path).stem
 
-    def place(self, row: int) -> tuple[RowFile | Shard, int]:
+    def place(self, row: int) -> tuple[int, int]:
+        """Return the file of a row, and its number there."""
         which = int(np.searchsorted(self.offsets, row, side="right")) - 1
-        return self.files[which], row - int(self.offsets[which])
+        return which, row - int(self.offsets[which])
 
     def record(self, row: int) -> Record:
-        file, index = self.place(row)
-        record = parse_row(file[index], file, index, root=self.spec.data_root)
-        if self.spec.media_type is not None and record.modality not in (self.spec.media_type, "text"):
-            raise ValueError(
-                f"malformed row at {record.where}: it has {record.modality}, but {self.name} is of media_type "
-                f"{self.spec.media_type!r}; leave media_type out to let rows decide"
-            )
-        return record
+        which, index = self.place(row)
+        file = self.files[which]
+        return parse_row(file[index], file, index, root=self.spec.data_root, other_keys=self.spec.other_keys)
+
+    def sources(self, row: int) -> Iterator[Source]:
+        """Yield the files that a row names."""
+        which, index = self.place(row)
+        return self.surveys[which].sources(index, self.spec.data_root)
+
+    def facts(self) -> np.ndarray:
+        """Return what is known of every row."""
+        return np.concatenate([known.rows for known in self.surveys])
+
+    def malformed(self, facts: np.ndarray) -> dict[int, str]:
+        """Return the rows that cannot be used, and why."""
+        found = {
+            int(offset) + row: reason
+            for offset, known in zip(self.offsets, self.surveys, strict=False)
+            for row, reason in known.reasons.items()
+        }
+        if (wanted := self.spec.media_type) is not None:
+            others = ~np.isin(facts["modality"], [MODALITIES.index(wanted), MODALITIES.index("text")])
+            for row in np.flatnonzero(others).tolist():
+                which, index = self.place(row)
+                found[row] = (
+                    f"malformed row at {self.files[which].where(index)}: it has {MODALITIES[facts['modality'][row]]}, "
+                    f"but {self.name} is of media_type {wanted!r}; leave media_type out to let rows decide"
+                )
+        return found
 
 
 class Mixture:
@@ -87,23 +119,39 @@ class Mixture:
         seed: of ``random:`` strategies.
         sampling_strategy: applied to every dataset after its own.
         check_files: look for every file that a row names.
+        on_bad_sample: ``skip`` leaves malformed rows out, with one warning, instead of raising.
 
     Raises:
-        ValueError: if a row is malformed (the message gives file and line), or no row is taken.
+        ValueError: if rows are malformed (the message counts them, and gives file, line and reason of three), or no
+            row is taken.
         FileNotFoundError: if files are missing; the message counts them and names the first three.
     """
 
     def __init__(
-        self, specs: Sequence[DatasetSpec], *, seed: int = 42, sampling_strategy: str = "all", check_files: bool = True
+        self,
+        specs: Sequence[DatasetSpec],
+        *,
+        seed: int = 42,
+        sampling_strategy: str = "all",
+        check_files: bool = True,
+        on_bad_sample: str = "raise",
     ):
         self.seed = seed
         self.datasets = [_open(spec) for spec in specs]
         self.taken: list[np.ndarray] = []
+        facts, malformed = [], []
         for number, dataset in enumerate(self.datasets):
             rows = np.arange(len(dataset))
             for turn, strategy in enumerate((dataset.spec.sampling_strategy, sampling_strategy)):
                 rows = rows[select_rows(strategy, len(rows), seed=(seed, number, turn))]
+            known = dataset.facts()
+            bad = dataset.malformed(known)
+            malformed += [bad[row] for row in np.intersect1d(rows, list(bad)).tolist()]
+            rows = np.repeat(rows[~np.isin(rows, list(bad))], dataset.spec.repeat)
             self.taken.append(rows)
+            facts.append(known[rows])
+        if malformed:
+            _complain(malformed, on_bad_sample)
         pairs = [
             np.stack([np.full(len(rows), number), rows], axis=1) for number, rows in enumerate(self.taken) if len(rows)
         ]
@@ -111,7 +159,13 @@ class Mixture:
             names = ", ".join(f"{d.name} ({len(d)} rows, {d.spec.sampling_strategy})" for d in self.datasets)
             raise ValueError(f"the mixture takes no row of {names or 'no datasets'}; change sampling_strategy")
         self.rows = np.concatenate(pairs)
-        self._survey(check_files)
+        self.facts = np.concatenate(facts)
+        self.modality, self.text_bytes, self.seconds = (
+            self.facts[name] for name in ("modality", "text_bytes", "seconds")
+        )
+        self.num_images, self.num_videos = self.facts["num_images"], self.facts["num_videos"]
+        if check_files:
+            self._check_files()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -124,8 +178,13 @@ class Mixture:
     def raw_row(self, index: int) -> dict[str, Any]:
         """Return a row as its file has it, with keys that a `Record` does not hold."""
         dataset, row = self.rows[index].tolist()
-        file, place = self.datasets[dataset].place(row)
-        return file[place]
+        which, place = self.datasets[dataset].place(row)
+        return self.datasets[dataset].files[which][place]
+
+    def sources(self, index: int) -> Iterator[Source]:
+        """Yield the files that a row names, without reading it."""
+        dataset, row = self.rows[index].tolist()
+        return self.datasets[dataset].sources(row)
 
     def spec(self, index: int) -> DatasetSpec:
         """Return the dataset that a row belongs to."""
@@ -152,32 +211,35 @@ class Mixture:
         }
 
     def split(self, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-        """Split the row numbers, by the seed, into training and held-out ones; at least one of each."""
-        order = np.random.default_rng((self.seed, len(self))).permutation(len(self))
-        count = min(max(1, round(fraction * len(self))), len(self) - 1)
-        return np.sort(order[count:]), np.sort(order[:count])
+        """Split the row numbers into training and held-out ones, by the videos and images that rows name.
 
-    def _survey(self, check_files: bool) -> None:
-        """Parse every row once: catch what is wrong, and note what batches are made by."""
-        count = len(self)
-        self.modality = np.zeros(count, dtype=np.int8)
-        self.text_bytes = np.zeros(count, dtype=np.int32)
-        self.num_images = np.zeros(count, dtype=np.int32)
-        self.num_videos = np.zeros(count, dtype=np.int32)
-        self.seconds = np.full(count, np.nan, dtype=np.float32)
-        known: dict[str | ShardMember, bool] = {}
-        for index in range(count):
-            record = self.record(index)
-            self.modality[index] = MODALITIES.index(record.modality)
-            self.text_bytes[index] = record.num_text_bytes
-            self.num_videos[index] = sum(media.kind == "video" for media in record.media)
-            self.num_images[index] = len(record.media) - self.num_videos[index]
-            self.seconds[index] = _seconds(record)
-            for media in record.media if check_files else ():
-                if media.source not in known:
-                    known[media.source] = exists(media.source)
-        missing = [str(source) for source, is_there in known.items() if not is_there]
-        if missing:
+        A file is held out if the digest of its name (without folders) and size is below ``fraction``, whatever the
+        seed, the other rows and the stage: so no row of a held-out video is trained on anywhere. A row with any such
+        file is held out; rows of text go by their text.
+
+        Raises:
+            ValueError: if no row is held out, or all are.
+        """
+        shares: dict[Source, float] = {}
+        lowest = np.empty(len(self))
+        for index in range(len(self)):
+            sources = list(self.sources(index))
+            for source in sources:
+                if source not in shares:
+                    name = PurePath(getattr(source, "name", source)).name
+                    shares[source] = key_of(f"{name}:{size_of(source)}") / 2**64
+            lowest[index] = min((shares[source] for source in sources), default=self.facts["text_key"][index] / 2**64)
+        held_out = lowest < fraction
+        if held_out.all() or not held_out.any():
+            raise ValueError(
+                f"eval_fraction {fraction} holds out {held_out.sum()} of {len(self)} rows, since whole files are; "
+                f"use one above {lowest.min():.3f} and up to {lowest.max():.3f}"
+            )
+        return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+    def _check_files(self) -> None:
+        sources = {source: None for index in range(len(self)) for source in self.sources(index)}
+        if missing := [str(source) for source in sources if not exists(source)]:
             some = ", ".join(f"{name:.300}" for name in missing[:3])
             raise FileNotFoundError(
                 f"{len(missing)} file(s) of the mixture are missing: {some}{', ...' if len(missing) > 3 else ''}; "
@@ -206,7 +268,7 @@ def read_mixture(data: str | list, **options: Any) -> Mixture:
         try:
             check_keys(entry, known, what="dataset")
             check_types(entry, DatasetSpec)
-            check_ranges(entry, {"above 0": ["folder_fps"]})
+            check_ranges(entry, {"above 0": ["folder_fps"], "at least 1": ["repeat"]})
         except ValueError as error:
             raise ValueError(f"{data}: {error}") from error
         if "json_path" not in entry:
@@ -222,12 +284,12 @@ def select_rows(strategy: str, num_rows: int, *, seed: Any = 0) -> np.ndarray:
     Args:
         strategy: ``all``; ``first:N`` and ``end:N``, the first and last N rows; ``first2:N``, ``first3:N`` and
             ``first4:N``, the second, third and fourth block of N; ``random:N``, N rows drawn by the seed. ``N`` may
-            be ``P%`` of the rows, rounded up.
+            be ``P%`` of the rows, rounded up; ``random`` takes more than 100% and then takes rows several times.
         num_rows: rows that there are.
         seed: of ``random``.
 
     Returns:
-        Row numbers, increasing; fewer than N where the rows run out.
+        Row numbers, never decreasing; fewer than N where the rows run out.
 
     Raises:
         ValueError: if the strategy is not of this form.
@@ -235,14 +297,20 @@ def select_rows(strategy: str, num_rows: int, *, seed: Any = 0) -> np.ndarray:
     if strategy == "all":
         return np.arange(num_rows)
     match = _STRATEGY.fullmatch(strategy)
-    if not match or (not match[3] and "." in match[2]) or (match[3] and Fraction(match[2]) > 100):
+    if (
+        not match
+        or (not match[3] and "." in match[2])
+        or (match[3] and match[1] != "random" and Fraction(match[2]) > 100)
+    ):
         raise ValueError(
             f"sampling_strategy is {strategy!r}; use all, first:N, first2:N, first3:N, first4:N, end:N or random:N, "
             "where N is a number of rows or a percentage such as 25%"
         )
     count = math.ceil(Fraction(match[2]) * num_rows / 100) if match[3] else int(match[2])
     if match[1] == "random":
-        return np.sort(np.random.default_rng(seed).permutation(num_rows)[:count])
+        times, rest = divmod(count, max(1, num_rows)) if match[3] else (0, count)
+        drawn = np.random.default_rng(seed).permutation(num_rows)[:rest]
+        return np.sort(np.concatenate([*[np.arange(num_rows)] * times, drawn]))
     if match[1] == "end":
         return np.arange(max(0, num_rows - count), num_rows)
     block = int(match[1][5:] or 1) - 1
@@ -267,8 +335,17 @@ def _open(spec: DatasetSpec) -> _Dataset:
     if spec.media_type not in (None, *MODALITIES):
         raise ValueError(f"media_type is {spec.media_type!r}; use one of {', '.join(MODALITIES)}")
     check_reader(spec.video_read_type)
-    files = [Shard(path) if path.endswith(".tar") else RowFile(path) for path in _expand_path(spec.json_path)]
-    return _Dataset(spec, files, np.cumsum([0, *map(len, files)]))
+    files = [open_rows(path) for path in _expand_path(spec.json_path)]
+    surveys = [survey(file, spec.other_keys) for file in files]
+    return _Dataset(spec, files, surveys, np.cumsum([0, *map(len, files)]))
+
+
+def _complain(malformed: list[str], on_bad_sample: str) -> None:
+    some = "; ".join(malformed[:3]) + ("; ..." if len(malformed) > 3 else "")
+    if on_bad_sample != "skip":
+        count = f"{len(malformed)} malformed rows: " if len(malformed) > 1 else ""
+        raise ValueError(f"{count}{some}")
+    logger.warning("left out %d malformed row(s) of the mixture: %s", len(malformed), some)
 
 
 def _expand_path(path: str) -> list[str]:
@@ -278,7 +355,7 @@ def _expand_path(path: str) -> list[str]:
         numbers = (str(number).zfill(len(low)) for number in range(int(low), int(high) + 1))
         return [file for number in numbers for file in _expand_path(path.replace(braces[0], number))]
     found = sorted(glob.glob(path)) if re.search(r"[*?\[]", path) else [path]
-    missing = [file for file in found if not Path(file).is_file()]
+    missing = [file for file in found if not Path(file).is_file() and not list(Path(file).glob("*.json"))]
     if missing or not found:
         raise FileNotFoundError(f"the mixture names {missing[0] if missing else path}, but there is no such file")
     return found
@@ -290,8 +367,3 @@ def _locate(name: str, folder: Path) -> str:
         return str(beside) if _expand_path(str(beside)) else name
     except FileNotFoundError:
         return str(beside) if beside.is_dir() else name
-
-
-def _seconds(record: Record) -> float:
-    clips = [media.end - media.start for media in record.media if media.start is not None and media.end is not None]
-    return sum(clips) if clips else math.nan if record.duration is None else record.duration

@@ -1,16 +1,28 @@
-"""Where rows lie: JSON, JSONL and tar files, read one row at a time."""
+"""Where rows lie: JSON and JSONL files, read one row at a time, and what rows name: files and bytes."""
 
 import hashlib
 import io
 import json
 import os
 import re
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+
+from hico.data.cache import cached
+
+
+@dataclass(frozen=True)
+class Blob:
+    """Bytes that a row holds itself."""
+
+    name: str
+    data: bytes
+
+    def __str__(self) -> str:
+        return self.name
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,29 @@ class ShardMember:
         return f"{self.shard}:{self.name}"
 
 
+Source = str | ShardMember | Blob
+"""What a row means by a file."""
+
+
+class RowFiles(Protocol):
+    """Numbered rows, whatever holds them."""
+
+    path: str
+    sha256: str
+    """Of the content."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return a row as it is written; raises ``ValueError`` if it is none."""
+
+    def where(self, index: int) -> str:
+        """Return how messages call a row."""
+
+    def source(self, index: int, name: str, root: str) -> Source:
+        """Return what a row means by the name of a file; ``root`` is the folder that names are relative to."""
+
+
 class RowFile:
     """Rows of a JSON array or a JSONL file, kept as places in the file and parsed one at a time.
 
@@ -48,15 +83,16 @@ class RowFile:
         path: the file; anything but ``.jsonl`` is read as one JSON array.
 
     Raises:
-        ValueError: if the file does not parse; the message gives the line.
+        ValueError: if it is no JSON array; the message gives the line.
     """
 
     def __init__(self, path: str | Path):
         self.path = str(path)
-        digest = hashlib.sha256()
-        spans = self._jsonl_spans(digest) if self.path.endswith(".jsonl") else self._array_spans(digest)
-        self.sha256 = digest.hexdigest()
-        self._spans = np.array(spans, dtype=np.int64).reshape(-1, 3)
+        self.sha256 = file_sha256(self.path)
+        if self.path.endswith(".jsonl"):
+            self._spans = self._jsonl_spans()
+        else:
+            self._spans = cached("rows", [self.sha256], lambda: {"spans": self._array_spans()})["spans"]
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -65,7 +101,7 @@ class RowFile:
         start, stop, _ = self._spans[index].tolist()
         with open(self.path, "rb") as file:
             file.seek(start)
-            return json.loads(file.read(stop - start))
+            return parse_json_row(file.read(stop - start), self.where(index))
 
     def where(self, index: int) -> str:
         """Return file and line of a row."""
@@ -75,26 +111,18 @@ class RowFile:
         """Return the path of a row's file."""
         return str(Path(root) / name) if root else name
 
-    def _jsonl_spans(self, digest) -> list[tuple[int, int, int]]:
+    def _jsonl_spans(self) -> np.ndarray:
         spans, start = [], 0
         with open(self.path, "rb") as file:
             for line, text in enumerate(file, 1):
-                digest.update(text)
                 if text.strip():
-                    try:
-                        row = json.loads(text)
-                    except (ValueError, RecursionError) as error:
-                        raise ValueError(f"{self.path}:{line} is not JSON: {error}") from error
-                    self._check(row, line)
                     spans.append((start, start + len(text), line))
                 start += len(text)
-        return spans
+        return np.array(spans, dtype=np.int64).reshape(-1, 3)
 
-    def _array_spans(self, digest) -> list[tuple[int, int, int]]:
-        data = Path(self.path).read_bytes()
-        digest.update(data)
+    def _array_spans(self) -> np.ndarray:
         try:
-            text = data.decode()
+            text = Path(self.path).read_bytes().decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.path} is not UTF-8 text: {error}") from error
         decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
@@ -107,10 +135,9 @@ class RowFile:
             offset += len(text[position:here].encode())
             line += text.count("\n", position, here)
             try:
-                row, end = decoder.raw_decode(text, here)
+                _, end = decoder.raw_decode(text, here)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{self.path}:{getattr(error, 'lineno', line)} is not JSON: {error}") from error
-            self._check(row, line)
             size = len(text[here:end].encode())
             spans.append((offset, offset + size, line))
             line += text.count("\n", here, end)
@@ -118,76 +145,50 @@ class RowFile:
             here = gap.match(text, end).end()
         if text[here + 1 :].strip():
             raise ValueError(f"{self.path}:{line} is followed by more text after the array of rows; join them in one")
-        return spans
-
-    def _check(self, row: Any, line: int) -> None:
-        if not isinstance(row, dict):
-            raise ValueError(f"{self.path}:{line} is {type(row).__name__}; a row is a JSON object")
+        return np.array(spans, dtype=np.int64).reshape(-1, 3)
 
 
-class Shard:
-    """Rows of a tar file: per key a ``.json`` with the row, and the files that it names or that share its key.
-
-    The digest covers names, places and sizes of the members and all rows, but not the media, which would have to be
-    read in full.
-
-    Args:
-        path: an uncompressed tar file.
+def parse_json_row(text: bytes, where: str) -> dict[str, Any]:
+    """Parse a row.
 
     Raises:
-        ValueError: if it is not one.
+        ValueError: if it is no JSON object; the message begins with ``where``.
     """
-
-    def __init__(self, path: str | Path):
-        self.path = str(path)
-        self._members: dict[str, ShardMember] = {}
-        try:
-            with tarfile.open(self.path, "r:") as tar:
-                for info in tar:
-                    if info.isfile():
-                        self._members[info.name] = ShardMember(self.path, info.name, info.offset_data, info.size)
-        except tarfile.TarError as error:
-            raise ValueError(f"{self.path} is not an uncompressed tar file: {error}") from error
-        self._rows = [member for name, member in self._members.items() if name.endswith(".json")]
-        digest = hashlib.sha256(repr([(m.name, m.offset, m.size) for m in self._members.values()]).encode())
-        for member in self._rows:
-            digest.update(member.read())
-        self.sha256 = digest.hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            row = json.loads(self._rows[index].read())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self.where(index)} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{self.where(index)} is {type(row).__name__}; a row is a JSON object")
-        return row
-
-    def where(self, index: int) -> str:
-        """Return shard and member of a row."""
-        return str(self._rows[index])
-
-    def source(self, index: int, name: str, root: str) -> ShardMember:
-        """Return a member by its name, or by its extension beside the row (``mp4`` or ``.mp4``).
-
-        One that is not there is returned too, without a place.
-        """
-        key = self._rows[index].name.removesuffix(".json")
-        folder = key.rpartition("/")[0]
-        for candidate in (name, f"{folder}/{name}", f"{key}.{name.lstrip('.')}"):
-            if candidate in self._members:
-                return self._members[candidate]
-        return ShardMember(self.path, name)
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is {type(row).__name__}; a row is a JSON object")
+    return row
 
 
-def exists(source: str | ShardMember) -> bool:
+def file_sha256(*paths: str | Path) -> str:
+    """Return the digest of files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def exists(source: Source) -> bool:
     """Say whether a file, a folder or a member of a shard is there."""
-    return source.offset is not None if isinstance(source, ShardMember) else os.path.exists(source)
+    if isinstance(source, str):
+        return os.path.exists(source)
+    return isinstance(source, Blob) or source.offset is not None
 
 
-def open_source(source: str | ShardMember) -> str | io.BytesIO:
+def size_of(source: Source) -> int:
+    """Return the bytes of a file; -1 for a folder, and for what is not there."""
+    if isinstance(source, str):
+        return os.path.getsize(source) if os.path.isfile(source) else -1
+    return len(source.data) if isinstance(source, Blob) else source.size
+
+
+def open_source(source: Source) -> str | io.BytesIO:
     """Return what a decoder can open."""
-    return io.BytesIO(source.read()) if isinstance(source, ShardMember) else source
+    if isinstance(source, str):
+        return source
+    return io.BytesIO(source.data if isinstance(source, Blob) else source.read())

@@ -121,7 +121,11 @@ class Recipe(RowSettings):
                 f"min_frames {self.min_frames} and max_frames {self.max_frames} contradict each other; "
                 "use 1 <= min_frames <= max_frames"
             )
-        choices = {"on_bad_sample": ("raise", "skip"), "time_message": ("short", "long", None)}
+        choices = {
+            "on_bad_sample": ("raise", "skip"),
+            "on_long_sample": ("cut", "bad"),
+            "time_message": ("short", "long", None),
+        }
         choices["objective"] = ("answers", "tracks")
         choices["label_scheme"] = ("assistant", "published", "longva")
         for key, allowed in choices.items():

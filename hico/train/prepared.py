@@ -12,10 +12,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from hico.configuration_hico import HicoConfig
 from hico.convert.sources import HICO, Source
 from hico.data.batching import BatchRule, BatchSampler
-from hico.data.dataset import frame_settings, own_fit
 from hico.data.labels import Labels
-from hico.data.lengths import estimate_lengths
+from hico.data.lengths import estimate_lengths, measure_lengths
 from hico.data.mixture import Mixture, read_mixture
+from hico.data.settings import frame_settings, own_fit
 from hico.llm_dropout.schedule import DropSchedule
 from hico.processing_hico import HicoProcessor
 from hico.train import provenance
@@ -89,16 +89,19 @@ def prepare(recipe: Recipe, *, start: HicoConfig | None = None, is_first: bool =
     schedule = read_schedule(recipe, config)
     check_frames(recipe, config.clip_len)
     seed, check_files = recipe.arguments.get("seed", 42), recipe.check_files and is_first
-    mixture = read_mixture(recipe.data, seed=seed, sampling_strategy=recipe.sampling_strategy, check_files=check_files)
+    options = {"seed": seed, "check_files": check_files, "on_bad_sample": recipe.on_bad_sample}
+    mixture = read_mixture(recipe.data, sampling_strategy=recipe.sampling_strategy, **options)
     if mixture.num_videos.any():
         # What is asked of the trained model later sees as many frames, chosen without chance.
         frames = {**own_fit(processor), **frame_settings(recipe)}
         processor.video = {**frames, "mode": frames["mode"].replace("rand", "middle"), **recipe.video}
-    lengths = estimate_lengths(mixture, processor, recipe)
+    # A budget of tokens needs lengths that are never exceeded; otherwise rows are only put beside similar ones.
+    lengths_of = estimate_lengths if recipe.max_tokens_per_batch is None else measure_lengths
+    lengths = lengths_of(mixture, processor, recipe)
     rows, eval_mixture, eval_rows, eval_lengths = np.arange(len(mixture)), None, None, None
     if recipe.eval_data is not None:
-        eval_mixture = read_mixture(recipe.eval_data, seed=seed, check_files=check_files)
-        eval_rows, eval_lengths = np.arange(len(eval_mixture)), estimate_lengths(eval_mixture, processor, recipe)
+        eval_mixture = read_mixture(recipe.eval_data, **options)
+        eval_rows, eval_lengths = np.arange(len(eval_mixture)), lengths_of(eval_mixture, processor, recipe)
     elif recipe.eval_fraction:
         rows, eval_rows = mixture.split(recipe.eval_fraction)
         eval_mixture, eval_lengths = mixture, lengths

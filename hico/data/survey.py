@@ -1,0 +1,112 @@
+"""What batches, checks and splits need to know of every row of a file, found out once for its content."""
+
+import hashlib
+import json
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hico.data.cache import cached, pack_texts, unpack_texts
+from hico.data.records import Record, parse_row
+from hico.data.rowfiles import Blob, RowFiles, ShardMember, Source
+
+MODALITIES = ("text", "image", "video")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Facts about all rows of a file; of malformed ones, only the reason."""
+
+    file: RowFiles
+    rows: np.ndarray
+    """Structured ``(n,)``: see `_ROW`."""
+    names: list[str]
+    """Of every video and image, in the order of rows; frames that are named one by one are joined by newlines."""
+    reasons: dict[int, str]
+    """Row -> why it is malformed."""
+
+    def sources(self, row: int, root: str) -> Iterator[Source]:
+        """Yield the files of a row; of a video of single frames, its frames."""
+        stop = int(self.rows["names_end"][row])
+        start = stop - int(self.rows["num_images"][row] + self.rows["num_videos"][row])
+        for name in (part for joined in self.names[start:stop] for part in joined.split("\n")):
+            yield Blob(name, b"") if name.startswith("\1") else self.file.source(row, name, root)
+
+
+_ROW = [("modality", "i1"), ("text_bytes", "<i4"), ("num_images", "<i4"), ("num_videos", "<i4"), ("seconds", "<f4")]
+_ROW += [("names_end", "<i8"), ("text_key", "<u8")]
+
+
+def survey(file: RowFiles, other_keys: Collection[str]) -> Survey:
+    """Parse every row of a file once, or look up what came of it the last time.
+
+    Args:
+        file: its rows.
+        other_keys: see `hico.data.records.parse_row`.
+    """
+    content = [file.sha256, json.dumps(sorted(other_keys))]
+    found = cached("survey", content, lambda: _survey(file, other_keys))
+    rows, count = found["rows"], int(found["num_names"])
+    reasons = unpack_texts(found["reasons"], len(found["malformed"]))
+    return Survey(
+        file,
+        rows,
+        unpack_texts(found["names"], count),
+        {
+            row: f"malformed row at {file.where(row)}: {why}"
+            for row, why in zip(found["malformed"].tolist(), reasons, strict=True)
+        },
+    )
+
+
+def _survey(file: RowFiles, other_keys: Collection[str]) -> dict[str, np.ndarray]:
+    rows = np.zeros(len(file), dtype=_ROW)
+    rows["seconds"] = np.nan
+    names, reasons = [], {}
+    for index in range(len(file)):
+        try:
+            record = parse_row(file[index], file, index, other_keys=other_keys)
+        except ValueError as error:
+            where = file.where(index)
+            reasons[index] = str(error).removeprefix(f"malformed row at {where}: ").removeprefix(f"{where} ")
+            rows[index]["names_end"] = len(names)
+            continue
+        names += [_name(media.source) for media in record.media]
+        num_videos = sum(media.kind == "video" for media in record.media)
+        rows[index] = (
+            MODALITIES.index(record.modality),
+            record.num_text_bytes,
+            len(record.media) - num_videos,
+            num_videos,
+            _seconds(record),
+            len(names),
+            key_of("\n".join(part.get("text", "") for turn in record.messages for part in turn["content"])),
+        )
+    return {
+        "rows": rows,
+        "names": pack_texts(names),
+        "num_names": np.array(len(names)),
+        "malformed": np.array(list(reasons), dtype=np.int64),
+        "reasons": pack_texts(list(reasons.values())),
+    }
+
+
+def key_of(text: str) -> int:
+    """Return 64 bits of the digest of a text."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "little")
+
+
+def _name(source: Any) -> str:
+    if isinstance(source, tuple):
+        return "\n".join(map(_name, source))
+    if isinstance(source, Blob):
+        return "\1" + hashlib.sha256(source.data).hexdigest()
+    return source.name if isinstance(source, ShardMember) else source
+
+
+def _seconds(record: Record) -> float:
+    clips = [media.end - media.start for media in record.media if media.start is not None and media.end is not None]
+    return sum(clips) if clips else math.nan if record.duration is None else record.duration
