@@ -83,7 +83,7 @@ def read_media(row: Mapping[str, Any]) -> list[Media]:
     Raises:
         ValueError: if they are malformed.
     """
-    media = []
+    media, about = [], [name for name in VIDEO if not _is_empty(row.get(name))]
     for kind in ("video", "image"):
         for key in (kind, kind + "s"):
             files = row.get(key)
@@ -91,15 +91,13 @@ def read_media(row: Mapping[str, Any]) -> list[Media]:
             if kind == "video" and files and all(map(_is_picture, files)):
                 files = [files]
             sources = [_source(item, kind, repr(key)) for item in files]
-            said = {name: _per_item(row.get(name), len(sources), name) for name in VIDEO if kind == "video"}
+            said = {name: _per_item(row[name], len(sources), name) for name in about if kind == "video"}
             media += [
                 _medium(kind, source, {name: values[number] for name, values in said.items()})
                 for number, source in enumerate(sources)
             ]
-    if not any(item.kind == "video" for item in media):
-        for name in VIDEO:
-            if not _is_empty(row.get(name)):
-                raise ValueError(f"{name} is {shown(row[name])}, but it names no 'video' that this could bound")
+    if about and not any(item.kind == "video" for item in media):
+        raise ValueError(f"{about[0]} is {shown(row[about[0]])}, but it names no 'video' that this could bound")
     return media
 
 

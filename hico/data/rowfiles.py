@@ -109,7 +109,7 @@ class RowFile:
 
     def source(self, index: int, name: str, root: str) -> str:
         """Return the path of a row's file."""
-        return str(Path(root) / name) if root else name
+        return os.path.join(root, name)
 
     def _jsonl_spans(self) -> np.ndarray:
         spans, start = [], 0

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,15 @@ class Survey:
     reasons: dict[int, str]
     """Row -> why it is malformed."""
 
+    @cached_property
+    def _ends(self) -> list[int]:
+        return [0, *self.rows["names_end"].tolist()]
+
     def sources(self, row: int, root: str) -> Iterator[Source]:
         """Yield the files of a row; of a video of single frames, its frames."""
-        stop = int(self.rows["names_end"][row])
-        start = stop - int(self.rows["num_images"][row] + self.rows["num_videos"][row])
-        for name in (part for joined in self.names[start:stop] for part in joined.split("\n")):
+        for name in (
+            part for joined in self.names[self._ends[row] : self._ends[row + 1]] for part in joined.split("\n")
+        ):
             yield Blob(name, b"") if name.startswith("\1") else self.file.source(row, name, root)
 
 
