@@ -1,12 +1,17 @@
 """Parts of the model: what is frozen, and which learning rate each has."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
+from hico.prompt import IMAGE_TOKEN, VIDEO_TOKEN
 from hico.train.config import PARTS
+
+logger = logging.getLogger(__name__)
 
 _PART = re.compile(r"(?:^|\.)model\.(encoder|compressor|projector)\.")
 
@@ -83,3 +88,24 @@ def parameter_groups(
         )
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def fit_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Give the LLM an embedding for every token that was added to its tokenizer; new ones are drawn around the mean.
+
+    Placeholders of videos and images need none, since what is seen takes their places.
+
+    Args:
+        model: `HicoForConditionalGeneration`; it is changed.
+        tokenizer: of its processor.
+
+    Returns:
+        How many embeddings are new.
+    """
+    known = model.get_input_embeddings().num_embeddings
+    ids = [number for token, number in tokenizer.get_vocab().items() if token not in (VIDEO_TOKEN, IMAGE_TOKEN)]
+    missing = max(0, max(ids) + 1 - known)
+    if missing:
+        model.resize_token_embeddings(known + missing)
+        logger.warning("the tokenizer has %d token(s) more than the LLM; their embeddings are new", missing)
+    return missing

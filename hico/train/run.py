@@ -15,7 +15,7 @@ from hico.train import checkpoint, provenance
 from hico.train.checks import check_recipe
 from hico.train.config import Recipe
 from hico.train.lora import add_lora, load_model
-from hico.train.parts import freeze
+from hico.train.parts import fit_vocabulary, freeze
 from hico.train.prepared import Prepared, load_config, prepare
 from hico.train.safeguards import BadRows
 from hico.train.stage_trainer import StageTrainer
@@ -84,6 +84,11 @@ def make_trainer(recipe: Recipe, args: TrainingArguments, prepared: Prepared) ->
     """Load the model, freeze what does not learn, and put the trainer together."""
     set_seed(args.seed)
     model = load_model(recipe.model, config=prepared.config, attn_implementation=recipe.attn_implementation)
+    if fit_vocabulary(model, prepared.processor.tokenizer) and "llm" not in recipe.trainable:
+        raise ValueError(
+            "the tokenizer has tokens that the LLM does not, and `trainable` leaves it out, so they would not be "
+            "learned; add 'llm', or resize the model first: model.resize_token_embeddings(len(tokenizer))"
+        )
     set_seed(args.seed)  # merging adapters draws numbers, and what follows must not depend on it
     common = {
         "manifest": provenance.manifest(recipe, prepared.mixture, order=prepared.order(args)),
