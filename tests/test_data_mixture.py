@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hico.data.forms import Media
-from hico.data.mixture import DatasetSpec, Mixture, read_mixture, select_rows
+from hico.data.mixture import Mixture, read_mixture
 from hico.data.records import parse_row
 from hico.data.rowfiles import RowFile, ShardMember
+from hico.data.spec import DatasetSpec, select_rows
 from hico.data.tables import Shard
 
 LLAVA = {

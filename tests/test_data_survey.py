@@ -11,7 +11,8 @@ from train_corpus import make, trainer_for
 
 from hico.data import cache, lengths, survey
 from hico.data.dataset import BadRow, TrainingRows
-from hico.data.mixture import DatasetSpec, Mixture, read_mixture, select_rows
+from hico.data.mixture import Mixture, read_mixture
+from hico.data.spec import DatasetSpec, select_rows
 from hico.train.prepared import prepare
 
 

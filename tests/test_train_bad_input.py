@@ -14,9 +14,10 @@ from hico import HicoConfig, HicoProcessor
 from hico.data.dataset import BadRow, TrainingRows
 from hico.data.decoding import SampleError
 from hico.data.labels import Labels
-from hico.data.mixture import DatasetSpec, Mixture
+from hico.data.mixture import Mixture
 from hico.data.records import parse_row
 from hico.data.rowfiles import RowFile
+from hico.data.spec import DatasetSpec
 from hico.prompt import ANSWER_MARKS
 from hico.tokenizer import byte_tokenizer
 from hico.train.__main__ import main

@@ -22,8 +22,9 @@ from hico.configuration_hico import HicoConfig
 from hico.convert.plan import Expected, make_plan
 from hico.convert.sources import Source, published_to_hico
 from hico.data.fields import check_keys, check_types, nearest_hint
-from hico.data.mixture import MODALITIES, check_reader
 from hico.data.settings import frame_settings
+from hico.data.spec import check_reader
+from hico.data.survey import MODALITIES
 from hico.shards import CheckpointError
 from hico.train.config import Recipe
 from hico.train.lora import lora_config
