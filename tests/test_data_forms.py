@@ -62,6 +62,8 @@ def clip(**keys):
         (parts({"type": "text", "text": "x", "bold": True}), "a text part has the key 'bold'"),
         (parts({"type": "image_url", "image_url": {"url": "a.png", "detail": "high"}}), "the key 'detail'"),
         (parts({"type": "image", "image": "a.png", "fps": 2}), "fps is 2, but an image has no time"),
+        ({**LLAVA, "video": "a\n.mp4"}, "holds a control character"),
+        ({**LLAVA, "video": ["a.mp4", "\0"]}, "holds a control character"),
         (clip(fps=0), "fps 0.0 say nothing"),
         (clip(num_frames=2.5), "num_frames 2.5"),
         (clip(num_frames=4, nframes=5), "num_frames and nframes contradict each other"),

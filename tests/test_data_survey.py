@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -152,6 +154,22 @@ def test_malformed_rows_come_from_the_cache_with_their_place(tmp_path, own_cache
     assert errors[0] == errors[1]
 
 
+def test_processes_that_start_together_make_it_once(tmp_path, own_cache):
+    code = f"""
+import time
+import numpy as np
+from hico.data.cache import cached
+def make():
+    open({str(tmp_path / "made")!r}, "a").write("x")
+    time.sleep(1.5)
+    return {{"a": np.arange(3)}}
+assert cached("thing", ["1"], make)["a"].tolist() == [0, 1, 2]
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
+    assert [process.wait(timeout=60) for process in processes] == [0, 0, 0]
+    assert (tmp_path / "made").read_text() == "x"
+
+
 # Lengths ----------------------------------------------------------------------------------------------------------
 
 
@@ -242,7 +260,7 @@ def test_folders_of_datasets_hold_rows(tmp_path, pictures):
 
 
 def test_a_table_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "p.parquet").write_bytes(b"")
     with pytest.raises(ImportError, match="needs pyarrow"):
         Mixture([DatasetSpec(json_path=str(tmp_path / "p.parquet"))])

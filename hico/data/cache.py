@@ -5,7 +5,8 @@ import logging
 import os
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -25,27 +26,40 @@ def cached(kind: str, content: Sequence[str], make: Callable[[], dict[str, np.nd
     Args:
         kind: what is made.
         content: digests of what it is made from.
-        make: makes it.
+        make: makes it; in one process at a time, and without asking this cache.
     """
     key = hashlib.sha256("\n".join([kind, _version(), *content]).encode()).hexdigest()
     path = Path(os.environ.get("HICO_CACHE", "~/.cache/hico")).expanduser() / f"{kind}-{key}.npz"
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-        began = time.perf_counter()
-        arrays = make()
+    with _turn(path):
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            began = time.perf_counter()
+            arrays = make()
         if time.perf_counter() - began < WORTH_KEEPING:
             return arrays
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.with_name(f"{path.name}.{os.getpid()}")
-        with open(whole, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(whole, path)
-    except OSError as error:
-        logger.warning("what was found out about the rows cannot be kept in %s: %s", path.parent, error)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            whole = path.with_name(f"{path.name}.{os.getpid()}")
+            with open(whole, "wb") as file:
+                np.savez(file, **arrays)
+            os.replace(whole, path)
+        except OSError as error:
+            logger.warning("what was found out about the rows cannot be kept in %s: %s", path.parent, error)
     return arrays
+
+
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Let the processes of a run, which all want the same, wait for the first one to make it."""
+    with ExitStack() as stack:
+        with suppress(OSError, ImportError):  # no place to write, no locks there, or no Unix
+            from fcntl import LOCK_EX, flock
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            flock(stack.enter_context(open(path.parent / f"{path.stem[-2:]}.lock", "w")), LOCK_EX)
+        yield
 
 
 def pack_texts(texts: Sequence[str]) -> np.ndarray:

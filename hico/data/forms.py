@@ -30,6 +30,7 @@ NOTES = (
 """Keys of a row that datasets keep for themselves."""
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 _MARKS = re.compile(r"<\|(im_start|im_end|image_pad|video_pad)\|>")
+_ONE_LINE = re.compile(r"[^\0\1\n]+")
 _NAMES = {str: "text", list: "a list", Mapping: "a mapping"}
 
 
@@ -175,6 +176,8 @@ def _source(file: Any, kind: str, what: str) -> str | Blob | tuple:
             return Blob(file[:30], base64.b64decode(file.partition("base64,")[2], validate=True))
         except binascii.Error as error:
             raise ValueError(f"{what} is {shown(file)}, which is not base64: {error}") from error
+    if not _ONE_LINE.fullmatch(file):
+        raise ValueError(f"{what} is {shown(file)}, which holds a control character")
     return file.removeprefix("file://")
 
 

@@ -95,7 +95,7 @@ def _survey(file: RowFiles, other_keys: Collection[str]) -> dict[str, np.ndarray
         "names": pack_texts(names),
         "num_names": np.array(len(names)),
         "malformed": np.array(list(reasons), dtype=np.int64),
-        "reasons": pack_texts(list(reasons.values())),
+        "reasons": pack_texts([why.replace("\0", " ") for why in reasons.values()]),
     }
 
 

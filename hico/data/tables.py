@@ -4,6 +4,7 @@ import hashlib
 import json
 import tarfile
 from bisect import bisect_right
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -114,10 +115,9 @@ class Table:
             try:
                 if self.path.endswith(".parquet"):
                     file = parquet.ParquetFile(self.path, memory_map=True)
-                    numbers = range(file.num_row_groups)
-                    self._parts = [
-                        (file.metadata.row_group(n).num_rows, lambda n=n: file.read_row_group(n)) for n in numbers
-                    ]
+                    sizes = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
+                    read = partial(file.read_row_group, use_threads=False)  # a forked worker has none
+                    self._parts = [(size, partial(read, n)) for n, size in enumerate(sizes)]
                 else:
                     streams = [arrow.ipc.open_stream(arrow.memory_map(name)) for name in self._files]
                     self._parts = [(len(table), lambda table=table: table) for table in map(_read_all, streams)]
