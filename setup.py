@@ -49,6 +49,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["hico", "hico.*"]),
+    package_data={"hico.train": ["stages.yaml"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["hico=hico.cli:main"]},

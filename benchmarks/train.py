@@ -21,8 +21,9 @@ import torch
 
 from hico import HicoConfig, HicoForConditionalGeneration, HicoProcessor
 from hico.tokenizer import byte_tokenizer
-from hico.train.config import Recipe, load_recipes
+from hico.train.config import Recipe
 from hico.train.prepared import prepare
+from hico.train.recipes import load_recipes
 from hico.train.run import make_trainer, training_arguments
 
 ROOT = Path(__file__).parents[1]

@@ -4,7 +4,9 @@ A config stores these names and never a dotted path, so a downloaded config cann
 """
 
 import importlib
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -78,6 +80,23 @@ class Registry:
             return self.get(name)(**settings, **context)
         except TypeError as error:
             raise ValueError(f"{self.kind} {name!r} cannot be built from {settings}: {error}") from error
+
+
+def import_plugins(modules: Iterable[str]) -> None:
+    """Import modules that register parts of their own; they may lie in the working directory.
+
+    Whoever runs a program names them, never a checkpoint: it must not choose what Python imports.
+
+    Raises:
+        ImportError: if there is no such module.
+    """
+    for name in modules:
+        if os.getcwd() not in sys.path and "" not in sys.path:
+            sys.path.append(os.getcwd())
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ImportError(f"the plugin {name} cannot be imported: {error}") from error
 
 
 ENCODERS = Registry(

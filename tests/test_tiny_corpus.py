@@ -14,7 +14,7 @@ from hico.tiny.exam import Answered, accuracy, accuracy_by_question, chance, rea
 from hico.tiny.model import write_untrained
 from hico.tiny.scenes import COLORS, SCENE_SECONDS, draw_frame
 from hico.tiny.stories import story_of_counting, story_of_events
-from hico.train.config import load_recipes
+from hico.train.recipes import load_recipes
 from hico.video_io import read_video
 
 RECIPE = Path(__file__).parents[1] / "train" / "tiny" / "all.yaml"

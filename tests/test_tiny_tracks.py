@@ -15,7 +15,7 @@ from hico.tiny.corpus import CorpusSize, write_corpus
 from hico.tiny.model import write_untrained
 from hico.tiny.tracks import TrackModel, TrackTrainer, shown_patches
 from hico.train import checkpoint
-from hico.train.config import make_recipe
+from hico.train.recipes import make_recipe
 from hico.train.run import run_stage
 
 

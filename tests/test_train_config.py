@@ -8,8 +8,7 @@ import torch
 import yaml
 
 from hico import HicoConfig, HicoForConditionalGeneration
-from hico.train.config import load_recipes, make_recipe, parse_overrides
-from hico.train.stages import STAGES
+from hico.train.recipes import load_recipes, make_recipe, parse_overrides
 
 RECIPES = Path(__file__).parents[1] / "train"
 MINIMAL = {"name": "s", "model": "m", "output_dir": "o", "data": "d.yaml"}
@@ -51,20 +50,82 @@ def test_the_recipes_hold_the_published_values(stage, monkeypatch):
         found.global_batch_size,
         found.max_length,
     ) == PUBLISHED[stage]
-    common = {key: found.arguments[key] for key in STAGES["align"] if key in found.arguments}
-    assert {"num_train_epochs": 1, "lr_scheduler_type": "cosine", "warmup_steps": 0.03}.items() <= common.items()
-    assert {"weight_decay": 0.0, "bf16": True, "gradient_checkpointing": True}.items() <= common.items()
+    common = {"num_train_epochs": 1, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0}
+    assert {**common, "bf16": True, "gradient_checkpointing": True}.items() <= found.arguments.items()
     assert Path(found.arguments["deepspeed"]).name == "zero1.json"
     assert Path(found.arguments["deepspeed"]).is_file()
     assert found.sampling_strategy == ("random:25%" if stage == "stage4" else "all")
 
 
-@pytest.mark.parametrize("stage", PUBLISHED)
-def test_a_recipe_file_says_what_its_preset_says(stage):
-    (found,) = load_recipes(RECIPES / "videochat_flash" / f"{stage}.yaml")
-    preset = list(STAGES)[int(stage[-1]) - 1]
-    for key, value in STAGES[preset].items():
-        assert (found.arguments.get(key) if key in found.arguments else getattr(found, key)) == value
+OWN = {"model": "m", "output_dir": "o", "data": "d.yaml"}
+
+
+@pytest.mark.parametrize("stage", ["align", "pretrain", "instruct"])
+def test_resolution_is_the_checkpoints_unless_asked(stage):
+    assert make_recipe({"extends": stage, **OWN}).image_size is None
+    assert make_recipe({"extends": stage, **OWN, "image_size": 112}).image_size == 112
+    assert make_recipe({"extends": "highres", **OWN}).image_size == 448
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"trainable": ["projector"]}, {"trainable": ["projector"], "part_learning_rates": {}}),
+        ({"lora": {"r": 4}}, {"trainable": ALL[:3], "part_learning_rates": SLOW_ENCODER}),
+        ({"lora": {"r": 4}, "trainable": ["projector"]}, {"trainable": ["projector"], "part_learning_rates": {}}),
+        ({"max_frames": 32}, {"min_frames": 32, "max_frames": 32}),
+        ({"min_frames": 600}, {"min_frames": 600, "max_frames": 600}),
+        ({"max_tokens_per_batch": 8192}, {"max_length": 8192, "global_batch_size": None}),
+        ({"gradient_accumulation_steps": 3}, {"global_batch_size": None}),
+    ],
+)
+def test_what_a_stage_sets_and_a_recipe_contradicts_gives_way(changes, expected, tmp_path):
+    found = make_recipe({"extends": "instruct", **OWN, **changes})
+    assert {key: getattr(found, key) for key in expected} == expected
+    write(tmp_path, "mine.yaml", "extends: instruct\nnum_train_epochs: 2\n")
+    (found,) = load_recipes(write(tmp_path, "r.yaml", "extends: mine.yaml\n"), {**OWN, **changes})
+    assert {key: getattr(found, key) for key in expected} == expected
+    assert found.arguments["num_train_epochs"] == 2
+
+
+def test_a_small_global_batch_needs_no_second_line():
+    found = make_recipe({"extends": "align", **OWN, "global_batch_size": 12})
+    assert (found.rows_per_device, found.gradient_accumulation(1)) == (4, 3)
+
+
+def test_adapters_need_no_second_line():
+    assert recipe(lora={"r": 4}).trainable == ALL[:3]
+
+
+def test_a_recipe_extends_another_file_that_lies_beside_it(tmp_path):
+    write(tmp_path, "sub/base.yaml", "extends: align\ndata: data.yaml\nlearning_rate: 5e-4\n")
+    write(tmp_path, "sub/data.yaml", "datasets: []")
+    path = write(tmp_path, "sub/r.yaml", "extends: base.yaml\nmodel: m\noutput_dir: o\nmax_frames: 8\n")
+    (found,) = load_recipes(path)
+    assert found.data == str(tmp_path / "sub/data.yaml")
+    assert (found.arguments["learning_rate"], found.max_frames, found.max_length) == (5e-4, 8, 8192)
+    with pytest.raises(FileNotFoundError, match=r"no recipe or mixture file gone\.yaml"):
+        recipe(extends="gone.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"eval_strategy": "steps", "eval_steps": 0.1, "logging_steps": 0.01}),
+        ({"eval_strategy": "epoch", "logging_steps": 5}, {"eval_strategy": "epoch", "logging_steps": 5}),
+        ({"load_best_model_at_end": True}, {"save_strategy": "steps", "save_steps": 0.1, "eval_steps": 0.1}),
+        (
+            {"load_best_model_at_end": True, "save_steps": 200},
+            {"eval_strategy": "steps", "eval_steps": 200, "save_strategy": "steps"},
+        ),
+        ({"load_best_model_at_end": True, "save_strategy": "epoch"}, {"eval_strategy": "epoch"}),
+        ({"load_best_model_at_end": True, "save_strategy": "best"}, {"eval_strategy": "steps", "eval_steps": 0.1}),
+    ],
+)
+def test_defaults_show_something_in_a_small_run_and_find_the_best_of_it(changes, expected):
+    settings = recipe(eval_fraction=0.1, **changes).trainer_settings()
+    assert expected.items() <= settings.items()
+    assert "eval_strategy" not in recipe().trainer_settings()
 
 
 def test_flags_override_the_file_and_the_file_the_preset(tmp_path):
@@ -126,8 +187,8 @@ def test_an_unknown_key_names_the_nearest(key, nearest):
         ({"trainable": ["encodr"]}, "did you mean 'encoder'"),
         ({"trainable": ["projector"], "part_learning_rates": {"encoder": 1e-6}}, "freezes"),
         ({"part_learning_rates": {"head": 1e-6}}, "part_learning_rates names 'head'"),
-        ({"on_bad_sample": "ignore"}, "on_bad_sample is 'ignore'"),
-        ({"label_scheme": "all"}, "label_scheme is 'all'"),
+        ({"on_bad_sample": "ignore"}, "on_bad_sample names 'ignore'"),
+        ({"label_scheme": "all"}, "label_scheme names 'all'"),
         ({"time_message": "medium"}, "time_message"),
         ({"max_frames": "many"}, "max_frames is 'many', a str"),
         ({"packing": 1}, "packing is 1, a int; it must be true or false"),
@@ -164,12 +225,15 @@ def test_an_unknown_key_names_the_nearest(key, nearest):
         ({"max_tokens_per_batch": 65536, "global_batch_size": 8}, "global_batch_size: null"),
         ({"eval_fraction": 1.0}, "eval_fraction"),
         ({"eval_fraction": 0.1, "eval_data": "e.yaml"}, "eval_fraction"),
-        ({"lora": {"r": 4}}, "take 'llm' out"),
+        ({"lora": {"r": 4}, "trainable": ["llm"]}, "take 'llm' out"),
+        ({"quantization": {"load_in_4bit": True}}, "set lora"),
+        ({"dtype": "bf16"}, "dtype names 'bf16'; did you mean 'bfloat16'"),
+        ({"plugins": ["no_such_module"]}, "the plugin no_such_module cannot be imported"),
         ({"extends": "aline"}, "did you mean 'align'"),
     ],
 )
 def test_bad_values_are_named(changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, ImportError), match=message):
         recipe(**changes)
 
 
@@ -212,6 +276,7 @@ def test_the_published_chain_is_read(monkeypatch):
     stages = load_recipes(RECIPES / "videochat_flash" / "all.yaml")
     assert [stage.name for stage in stages] == ["stage1", "stage2", "stage3", "stage4"]
     assert [stage.image_size for stage in stages] == [224, 224, 224, 448]
+    assert [stage.trainable for stage in stages] == [PUBLISHED[stage.name][0] for stage in stages]
     assert stages[3].model == "runs/videochat_flash/stage3/final"
 
 

@@ -11,7 +11,8 @@ from PIL import Image
 from hico import HicoConfig, HicoForConditionalGeneration, HicoProcessor
 from hico.tokenizer import byte_tokenizer
 from hico.train import run
-from hico.train.config import Recipe, make_recipe
+from hico.train.config import Recipe
+from hico.train.recipes import make_recipe
 from hico.train.stage_trainer import StageTrainer
 
 ENCODER = {"name": "umt", "image_size": 24, "patch_size": 12, "hidden_size": 16, "depth": 2, "num_heads": 2}

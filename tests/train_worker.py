@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from hico.train import run
 from hico.train.__main__ import leave
-from hico.train.config import make_recipe
+from hico.train.recipes import make_recipe
 
 
 class Record(TrainerCallback):

@@ -18,7 +18,8 @@ from hico.tiny.exam import Answered, accuracy, chance, read_exam, sit_blank_exam
 from hico.tiny.model import write_untrained
 from hico.tiny.pictures import draw_answers, draw_losses
 from hico.tiny.stories import Story
-from hico.train.config import PARTS, Recipe, load_recipes
+from hico.train.config import PARTS, Recipe
+from hico.train.recipes import load_recipes
 from hico.train.run import run_stage
 
 RECIPE = Path(__file__).parents[2] / "train" / "tiny" / "all.yaml"

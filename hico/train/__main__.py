@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 
 from hico.data.decoding import SampleError
-from hico.train.config import load_recipes, parse_overrides
+from hico.train.recipes import load_recipes, parse_overrides
 
 BAD_INPUT = (ValueError, OSError, ImportError, SampleError)
 
