@@ -111,15 +111,17 @@ def test_a_recipe_extends_another_file_that_lies_beside_it(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, {"eval_strategy": "steps", "eval_steps": 0.1, "logging_steps": 0.01}),
-        ({"eval_strategy": "epoch", "logging_steps": 5}, {"eval_strategy": "epoch", "logging_steps": 5}),
-        ({"load_best_model_at_end": True}, {"save_strategy": "steps", "save_steps": 0.1, "eval_steps": 0.1}),
+        ({}, {"eval_strategy": "epoch", "logging_steps": 0.01}),
+        ({"num_train_epochs": 1}, {"eval_strategy": "steps", "eval_steps": 0.1}),
+        ({"max_steps": 7}, {"eval_strategy": "steps", "eval_steps": 0.1}),
+        ({"eval_steps": 5, "logging_steps": 5}, {"eval_strategy": "steps", "eval_steps": 5, "logging_steps": 5}),
+        ({"load_best_model_at_end": True}, {"eval_strategy": "epoch", "save_strategy": "epoch"}),
+        ({"load_best_model_at_end": True, "max_steps": 7}, {"save_strategy": "steps", "save_steps": 0.1}),
         (
-            {"load_best_model_at_end": True, "save_steps": 200},
-            {"eval_strategy": "steps", "eval_steps": 200, "save_strategy": "steps"},
+            {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 200},
+            {"eval_strategy": "steps", "eval_steps": 200},
         ),
-        ({"load_best_model_at_end": True, "save_strategy": "epoch"}, {"eval_strategy": "epoch"}),
-        ({"load_best_model_at_end": True, "save_strategy": "best"}, {"eval_strategy": "steps", "eval_steps": 0.1}),
+        ({"load_best_model_at_end": True, "save_strategy": "best"}, {"eval_strategy": "epoch"}),
     ],
 )
 def test_defaults_show_something_in_a_small_run_and_find_the_best_of_it(changes, expected):

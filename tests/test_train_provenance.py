@@ -8,8 +8,8 @@ import pytest
 from train_corpus import history, losses, make, write_corpus
 
 from hico.train import run
-from hico.train.checkpoint import read_manifest
-from hico.train.provenance import check_finished, check_resumable
+from hico.train.checkpoint import checkpoints, read_manifest
+from hico.train.provenance import changes_since, changes_since_end
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def finished(tmp_path_factory):
     ],
 )
 def test_a_finished_stage_may_be_said_and_watched_otherwise(finished, changes):
-    check_finished(finished / "out/final", make(finished, max_steps=1, **changes))
+    assert not changes_since_end(finished / "out/final", make(finished, max_steps=1, **changes))
 
 
 @pytest.mark.parametrize(
@@ -38,8 +38,10 @@ def test_a_finished_stage_may_be_said_and_watched_otherwise(finished, changes):
     [{"bf16": True}, {"trainable": ["llm"]}, {"image_size": 48}, {"max_steps": 2}, {"lr_scheduler_type": "cosine"}],
 )
 def test_a_finished_stage_that_was_made_otherwise_is_told(finished, changes):
+    recipe = make(finished, **{"max_steps": 1, **changes})
+    assert changes_since_end(finished / "out/final", recipe).keys() == changes.keys()
     with pytest.raises(ValueError, match=f"is finished, but {next(iter(changes))} was"):
-        check_finished(finished / "out/final", make(finished, **{"max_steps": 1, **changes}))
+        run.run_stage(recipe)
 
 
 def test_a_run_goes_on_wherever_its_folders_lie(tmp_path, monkeypatch):
@@ -57,7 +59,9 @@ def test_a_run_goes_on_wherever_its_folders_lie(tmp_path, monkeypatch):
     assert losses(history(resumed)) == losses(history(moved / whole.relative_to(folder)))
 
 
-@pytest.mark.parametrize("changes", [{"trainable": ["llm"]}, {"optim": "sgd"}, {"objective": "tracks"}])
+@pytest.mark.parametrize(
+    "changes", [{"trainable": ["llm"]}, {"optim": "sgd"}, {"objective": "tracks"}, {"adam_beta2": 0.5}]
+)
 def test_another_optimizer_is_refused_on_resuming(finished, changes):
     last = finished / "out/final"
     asked = {**read_manifest(last), "settings": {**read_manifest(last)["settings"], **changes}}
@@ -65,4 +69,66 @@ def test_another_optimizer_is_refused_on_resuming(finished, changes):
     with pytest.raises(
         ValueError, match=f"holds the optimizer of other settings: {key} was .* and is {re.escape(repr(value))}"
     ):
-        check_resumable(last, asked)
+        changes_since(last, asked)
+
+
+def test_changed_rows_in_an_unchanged_mixture_are_noticed(folder, caplog):
+    recipe = make(folder, max_steps=2)
+    final = run.run_stage(recipe)
+    assert run.run_stage(recipe) == final
+    rows = (folder / "rows.json").read_text()
+    (folder / "rows.json").write_text(rows.replace("number 5", "number 6"))
+    with pytest.raises(
+        ValueError, match=r"is finished, but the rows of rows have changed since; remove .* or give --overwrite"
+    ):
+        run.run_stage(recipe)
+    before = read_manifest(final)["id"]
+    assert read_manifest(run.run_stage(recipe, overwrite=True))["id"] != before
+    (folder / "rows.json").unlink()
+    assert run.run_stage(recipe) == final
+
+
+# More steps, other rates ---------------------------------------------------------------------------------------------
+
+SAVING = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+
+
+def test_a_finished_stage_goes_on_with_more_epochs(folder, caplog):
+    whole = run.run_stage(make(folder, output_dir=str(folder / "whole"), num_train_epochs=2, **SAVING))
+    run.run_stage(make(folder, num_train_epochs=1, **SAVING))
+    longer = run.run_stage(make(folder, num_train_epochs=2, **SAVING))
+    assert any("goes on from" in said and "num_train_epochs was 1 and is 2" in said for said in caplog.messages)
+    assert losses(history(longer)) == losses(history(whole))
+    with pytest.raises(ValueError, match="is finished, but num_train_epochs was 2 and is 1"):
+        run.run_stage(make(folder, num_train_epochs=1, **SAVING))
+
+
+def test_a_finished_stage_without_checkpoints_cannot_go_on(folder):
+    run.run_stage(make(folder, max_steps=1))
+    with pytest.raises(ValueError, match="is finished, but max_steps was 1 and is 2; remove"):
+        run.run_stage(make(folder, max_steps=2))
+
+
+def test_an_interrupted_run_takes_another_rate_and_says_so(folder, monkeypatch, caplog):
+    common = {**SAVING, "logging_steps": 1, "part_learning_rates": {"encoder": 1e-3}}
+    run.run_stage(make(folder, max_steps=2, **common))
+    shutil.rmtree(folder / "out/final")
+    other = {**common, "learning_rate": 5e-3, "part_learning_rates": {"encoder": 2e-3}}
+    final = run.run_stage(make(folder, max_steps=4, **other))
+    rates = [(e["learning_rate"], e["learning_rate_encoder"]) for e in history(final) if "learning_rate" in e]
+    assert rates == [(1e-2, 1e-3)] * 2 + [(5e-3, 2e-3)] * 2
+    assert any("learning_rate was 0.01 and is 0.005" in said for said in caplog.messages)
+
+
+def test_overwriting_trains_anew_what_has_changed_and_only_that(folder):
+    final = run.run_stage(make(folder, max_steps=2, **SAVING))
+    first = read_manifest(final)["id"]
+    assert read_manifest(run.run_stage(make(folder, max_steps=2, **SAVING), overwrite=True))["id"] == first
+    run.run_stage(make(folder, max_steps=1, learning_rate=1e-3, **SAVING), overwrite=True)
+    assert read_manifest(final)["step"] == 1
+    assert [path.name for path in checkpoints(folder / "out")] == ["checkpoint-1"]
+    shutil.rmtree(final)
+    with pytest.raises(ValueError, match=r"trained on other data: seed .* give --overwrite"):
+        run.run_stage(make(folder, max_steps=1, seed=9, **SAVING))
+    run.run_stage(make(folder, max_steps=1, seed=9, **SAVING), overwrite=True)
+    assert read_manifest(final)["seed"] == 9

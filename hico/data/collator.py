@@ -12,6 +12,7 @@ from hico.data.mixture import MODALITIES
 from hico.processing_hico import HicoProcessor
 from hico.prompt import IGNORE_INDEX, IMAGE_TOKEN, VIDEO_TOKEN
 
+KINDS = ("modality", "dataset")
 PIXELS = ("pixel_values_videos", "video_num_clips", "pixel_values", "image_grids")
 
 
@@ -20,9 +21,9 @@ class Collator:
     """Put examples into a batch.
 
     A batch holds ``input_ids`` and ``labels`` ``(B, S)``, ``attention_mask`` or, if packed, ``position_ids``; the
-    rows' pixels; ``modality`` ``(B, S)``, that of the row at every token; ``num_rows``, how many were asked for; and
-    ``bad_rows``, those of them left out. A batch that lacks rows gets a black image or video in a row of its own,
-    without labels: it adds nothing to the loss.
+    rows' pixels; ``modality`` and ``dataset`` ``(B, S)``, those of the row at every token; ``num_rows``, how many
+    were asked for; and ``bad_rows``, those of them left out. A batch that lacks rows gets a black image or video in a
+    row of its own, without labels: it adds nothing to the loss.
 
     Args:
         processor: of the model.
@@ -58,7 +59,7 @@ class Collator:
             "input_ids": ([row["input_ids"] for row in rows], pad_id),
             "attention_mask": ([torch.ones_like(row["input_ids"]) for row in rows], 0),
             "labels": ([row["labels"] for row in rows], IGNORE_INDEX),
-            "modality": ([torch.full_like(row["input_ids"], row["modality"]) for row in rows], 0),
+            **{name: ([torch.full_like(row["input_ids"], row[name]) for row in rows], 0) for name in KINDS},
         }
         pad = torch.nn.utils.rnn.pad_sequence
         return {name: pad(values, batch_first=True, padding_value=fill) for name, (values, fill) in columns.items()}
@@ -68,7 +69,7 @@ class Collator:
             "input_ids": [row["input_ids"] for row in rows],
             "labels": [row["labels"] for row in rows],
             "position_ids": [torch.arange(len(row["input_ids"])) for row in rows],
-            "modality": [torch.full_like(row["input_ids"], row["modality"]) for row in rows],
+            **{name: [torch.full_like(row["input_ids"], row[name]) for row in rows] for name in KINDS},
         }
         return {name: torch.cat(values)[None] for name, values in columns.items()}
 
@@ -86,4 +87,4 @@ class Collator:
             }
         input_ids = torch.full((count,), self.processor.tokenizer.convert_tokens_to_ids(token))
         labels = torch.full_like(input_ids, IGNORE_INDEX)
-        return {"input_ids": input_ids, "labels": labels, "modality": MODALITIES.index("text"), **pixels}
+        return {"input_ids": input_ids, "labels": labels, "modality": MODALITIES.index("text"), "dataset": 0, **pixels}

@@ -58,7 +58,7 @@ class TrainingRows(Dataset):
 
         Returns:
             ``input_ids`` and ``labels`` ``(S,)``, the row's pixels as `HicoProcessor` names them, and its ``modality``
-            as a number. With ``on_bad_sample: skip``, a `BadRow` instead of an error.
+            and ``dataset`` as numbers. With ``on_bad_sample: skip``, a `BadRow` instead of an error.
 
         Raises:
             SampleError: if the row cannot be read; the message names it.
@@ -66,7 +66,8 @@ class TrainingRows(Dataset):
         epoch, index = key
         record = self.mixture.record(index)
         try:
-            return self._example(record, row_seed(self.seed, epoch, index), self.mixture.spec(index).video_settings)
+            example = self._example(record, row_seed(self.seed, epoch, index), self.mixture.spec(index).video_settings)
+            return {**example, "dataset": int(self.mixture.rows[index, 0])}
         except SampleError as error:
             if self.settings.on_bad_sample == "skip":
                 return BadRow(index, record.where, str(error))

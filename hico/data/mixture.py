@@ -134,6 +134,11 @@ class Mixture:
         dataset, row = self.rows[index].tolist()
         return self.datasets[dataset].record(row)
 
+    @property
+    def names(self) -> list[str]:
+        """How logs call the datasets; two of them may share a name."""
+        return [dataset.name for dataset in self.datasets]
+
     def raw_row(self, index: int) -> dict[str, Any]:
         """Return a row as its file has it, with keys that a `Record` does not hold."""
         dataset, row = self.rows[index].tolist()

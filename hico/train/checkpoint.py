@@ -18,6 +18,7 @@ from uuid import uuid4
 MANIFEST = "manifest.json"
 STAGING = ".saving"
 FINAL = "final"
+LOGS = "tensorboard"
 _DISCARDED = ".discarded"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -93,6 +94,13 @@ def discard(folder: Path) -> None:
     if folder.exists():
         os.rename(folder, doomed)
         shutil.rmtree(doomed)
+
+
+def discard_run(output_dir: Path) -> None:
+    """Remove the result, all checkpoints and logs of a run, for one that begins anew in its folder."""
+    for path in _entries(output_dir):
+        if path.name in (FINAL, LOGS) or _CHECKPOINT.fullmatch(path.name):
+            discard(path)
 
 
 def clean(output_dir: Path) -> None:

@@ -180,14 +180,16 @@ class Recipe(RowSettings):
     def trainer_settings(self) -> dict[str, Any]:
         """Return the keywords of `transformers.TrainingArguments`, with our defaults where they differ.
 
-        They show something in a run of any length: a hundred logs, and ten evaluations. What is to be loaded as the
-        best at the end is saved whenever it is evaluated.
+        They show something in a run of any length: a hundred logs, and an evaluation after every epoch, or ten where
+        there is but one. What is to be loaded as the best at the end is saved whenever it is evaluated.
         """
         settings = {"logging_steps": 0.01, **self.arguments}
         if self.evaluates:
             best = settings.get("load_best_model_at_end", False)
             saved = settings.get("save_strategy") if best else None
-            settings.setdefault("eval_strategy", saved if saved in ("steps", "epoch") else "steps")
+            several = settings.get("num_train_epochs", 3) > 1 and settings.get("max_steps", -1) < 1
+            strategy = "epoch" if several and "eval_steps" not in settings else "steps"
+            settings.setdefault("eval_strategy", saved if saved in ("steps", "epoch") else strategy)
             settings.setdefault("eval_steps", settings.get("save_steps", 0.1) if best else 0.1)
             if best:
                 settings.setdefault("save_strategy", settings["eval_strategy"])

@@ -25,6 +25,18 @@ def part_of(name: str) -> str:
     return match[1] if match else "llm"
 
 
+def modules_of(model: nn.Module, parts: Sequence[str]) -> list[nn.Module]:
+    """Return the modules of some parts of `HicoForConditionalGeneration`."""
+    found = [getattr(model.model, part) for part in parts if part != "llm"]
+    return [*found, *([model.model.language_model, model.lm_head] if "llm" in parts else [])]
+
+
+def rest(modules: Sequence[nn.Module]) -> None:
+    """Put frozen modules in eval mode, so that nothing in them drops out; what recomputes activations goes on to."""
+    for below in (below for module in modules for below in module.modules()):
+        below.training = getattr(below, "gradient_checkpointing", False)
+
+
 def freeze(model: nn.Module, trainable: Sequence[str]) -> None:
     """Let only some parts learn; adapters always do.
 

@@ -1,26 +1,27 @@
 """What a stage needs beside the values of weights: configuration, processor, data and their order, all checked."""
 
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hico.configuration_hico import HicoConfig
 from hico.convert.sources import HICO, Source
 from hico.data.batching import BatchRule, BatchSampler
+from hico.data.fields import nearest_hint
 from hico.data.labels import Labels
 from hico.data.lengths import estimate_lengths, measure_lengths
 from hico.data.mixture import Mixture, read_mixture
 from hico.data.settings import frame_settings, own_fit
 from hico.llm_dropout.schedule import DropSchedule
 from hico.processing_hico import HicoProcessor
-from hico.train import provenance
-from hico.train.checks import check_frames, check_weights
-from hico.train.config import Recipe, nearest_hint
+from hico.train.checks import check_frames, check_weights, has_rate, planned_arguments
+from hico.train.config import Recipe
 
 
 @dataclass
@@ -34,62 +35,82 @@ class Prepared:
     mixture: Mixture
     rows: np.ndarray
     lengths: np.ndarray
-    eval_mixture: Mixture | None
-    eval_rows: np.ndarray | None
-    eval_lengths: np.ndarray | None
+    eval_mixture: Mixture | None = None
+    eval_rows: np.ndarray | None = None
+    eval_lengths: np.ndarray | None = None
 
     def sampler(self, *, rank: int = 0, world_size: int = 1) -> BatchSampler:
         """Return the training batches of a device."""
-        return BatchSampler(
-            self._rule(self.recipe.rows_per_device),
-            self.rows,
-            lengths=self.lengths[self.rows],
-            modality=self.mixture.modality[self.rows],
-            seed=self.recipe.arguments.get("seed", 42),
-            rank=rank,
-            world_size=world_size,
-        )
+        order = {"seed": self.recipe.seed, "rank": rank, "world_size": world_size}
+        return self._sampler(self.mixture, self.rows, self.lengths, self.recipe.rows_per_device, **order)
 
     def eval_sampler(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> BatchSampler:
         """Return a device's share of the held-out rows, in their order."""
-        return BatchSampler(
-            self._rule(batch_size),
-            self.eval_rows,
-            lengths=self.eval_lengths[self.eval_rows],
-            modality=self.eval_mixture.modality[self.eval_rows],
-            seed=None,
-            rank=rank,
-            world_size=world_size,
-        )
+        order = {"seed": None, "rank": rank, "world_size": world_size}
+        return self._sampler(self.eval_mixture, self.eval_rows, self.eval_lengths, batch_size, **order)
 
-    def order(self, args: TrainingArguments) -> dict[str, Any]:
-        """Describe the order in which rows are trained on, see `hico.train.provenance.row_order`."""
-        return provenance.row_order(self.sampler(), args.gradient_accumulation_steps * args.world_size)
-
-    def _rule(self, batch_size: int) -> BatchRule:
+    def _sampler(
+        self, mixture: Mixture, rows: np.ndarray, lengths: np.ndarray, batch_size: int, **order: Any
+    ) -> BatchSampler:
         recipe = self.recipe
-        return BatchRule(batch_size, recipe.max_tokens_per_batch, recipe.packing, recipe.group_by_length)
+        rule = BatchRule(batch_size, recipe.max_tokens_per_batch, recipe.packing, recipe.group_by_length)
+        return BatchSampler(rule, rows, lengths=lengths[rows], modality=mixture.modality[rows], **order)
+
+    def steps(self, world_size: int) -> tuple[int, int]:
+        """Return the optimizer steps of an epoch, and of the stage.
+
+        Raises:
+            ValueError: if the global batch does not divide.
+        """
+        accumulation = self.recipe.gradient_accumulation(world_size)
+        per_epoch = max(1, -(-len(self.sampler(world_size=world_size)) // accumulation))
+        arguments = self.recipe.arguments
+        if arguments.get("max_steps", -1) > 0:
+            return per_epoch, arguments["max_steps"]
+        return per_epoch, math.ceil(per_epoch * arguments.get("num_train_epochs", 3))
+
+    def check_learning(self, world_size: int) -> None:
+        """Raise ``ValueError`` if the stage would leave all weights as they are."""
+        recipe, args = self.recipe, planned_arguments(self.recipe)
+        _, steps = self.steps(world_size)
+        rates = [recipe.part_learning_rates.get(part, args.learning_rate) for part in recipe.trainable]
+        rates += [args.learning_rate] * (recipe.lora is not None)
+        if not any(rates) or not has_rate(args, steps):
+            raise ValueError(
+                f"stage {recipe.name} would learn nothing: its {len(self.rows)} rows make {steps} step(s), all with "
+                f"learning rate 0 (warmup_steps {args.warmup_steps:g}); use smaller batches (global_batch_size "
+                f"{recipe.global_batch_size}), more epochs, warmup_steps: 0 or another learning_rate"
+            )
+        has_visuals = self.mixture.num_videos.any() or self.mixture.num_images.any()
+        if not has_visuals and "llm" not in recipe.trainable and recipe.lora is None:
+            raise ValueError(
+                f"stage {recipe.name} would learn nothing: its rows are text alone, and trainable is "
+                f"{recipe.trainable}; add llm, lora, or rows with videos or images"
+            )
 
 
-def prepare(recipe: Recipe, *, start: HicoConfig | None = None, is_first: bool = True) -> Prepared:
+def prepare(
+    recipe: Recipe, *, start: HicoConfig | None = None, is_first: bool = True, world_size: int | None = None
+) -> Prepared:
     """Read and check everything but the values of the weights.
 
     Args:
         recipe: of the stage.
         start: configuration that stages before this one will have made of ``recipe.model``, if they have not run yet.
         is_first: whether this is the first of several processes; it alone looks for the files.
+        world_size: devices to train on; those that a launcher says there are if omitted.
 
     Raises:
         ValueError, FileNotFoundError: for what is wrong with recipe, data or checkpoint.
     """
+    check_frames(recipe)
     config, processor = load_config(recipe, start)
     Labels(processor, recipe.label_scheme)  # the template and the tokenizer must be such that they can be learned from
     if not is_deepspeed_zero3_enabled():  # it would shard the model that is only asked for its sizes
         check_weights(Path(recipe.model), config)
     schedule = read_schedule(recipe, config)
-    check_frames(recipe, config.clip_len)
-    seed, check_files = recipe.arguments.get("seed", 42), recipe.check_files and is_first
-    options = {"seed": seed, "check_files": check_files, "on_bad_sample": recipe.on_bad_sample}
+    options = {"seed": recipe.seed, "check_files": recipe.check_files and is_first}
+    options["on_bad_sample"] = recipe.on_bad_sample
     mixture = read_mixture(recipe.data, sampling_strategy=recipe.sampling_strategy, **options)
     if mixture.num_videos.any():
         # What is asked of the trained model later sees as many frames, chosen without chance.
@@ -98,14 +119,16 @@ def prepare(recipe: Recipe, *, start: HicoConfig | None = None, is_first: bool =
     # A budget of tokens needs lengths that are never exceeded; otherwise rows are only put beside similar ones.
     lengths_of = estimate_lengths if recipe.max_tokens_per_batch is None else measure_lengths
     lengths = lengths_of(mixture, processor, recipe)
-    rows, eval_mixture, eval_rows, eval_lengths = np.arange(len(mixture)), None, None, None
+    found = Prepared(recipe, config, processor, schedule, mixture, np.arange(len(mixture)), lengths)
     if recipe.eval_data is not None:
-        eval_mixture = read_mixture(recipe.eval_data, **options)
-        eval_rows, eval_lengths = np.arange(len(eval_mixture)), lengths_of(eval_mixture, processor, recipe)
+        found.eval_mixture = read_mixture(recipe.eval_data, **options)
+        found.eval_rows = np.arange(len(found.eval_mixture))
+        found.eval_lengths = lengths_of(found.eval_mixture, processor, recipe)
     elif recipe.eval_fraction:
-        rows, eval_rows = mixture.split(recipe.eval_fraction)
-        eval_mixture, eval_lengths = mixture, lengths
-    return Prepared(recipe, config, processor, schedule, mixture, rows, lengths, eval_mixture, eval_rows, eval_lengths)
+        found.rows, found.eval_rows = mixture.split(recipe.eval_fraction)
+        found.eval_mixture, found.eval_lengths = mixture, lengths
+    found.check_learning(world_size or int(os.environ.get("WORLD_SIZE", 1)))
+    return found
 
 
 def load_config(recipe: Recipe, start: HicoConfig | None = None) -> tuple[HicoConfig, HicoProcessor]:
@@ -135,15 +158,15 @@ def load_config(recipe: Recipe, start: HicoConfig | None = None) -> tuple[HicoCo
     config = start or config
     # Of the two sizes that a recipe can give, the one in model_config has the last word.
     size = {} if recipe.image_size is None else {"encoder": {"image_size": recipe.image_size}}
-    changes = _merged(size, recipe.model_config)
-    for name, known, given in (
-        ("model_config", config, changes),
-        ("model_config.text_config", config.text_config, changes.get("text_config") or {}),
-    ):
-        for key in given:
-            if not hasattr(known, key):
-                raise ValueError(f"{name} sets {key!r}{nearest_hint(key, known.to_dict())}")
     try:
+        changes = _merged(size, recipe.model_config)
+        for name, known, given in (
+            ("model_config", config, changes),
+            ("model_config.text_config", config.text_config, changes.get("text_config", {})),
+        ):
+            for key in given:
+                if not hasattr(known, key):
+                    raise ValueError(f"{name} sets {key!r}{nearest_hint(key, known.to_dict())}")
         config = HicoConfig.from_dict(_merged(config.to_dict(), changes))
     except TypeError as error:
         raise ValueError(f"model_config {recipe.model_config} does not describe a model: {error}") from error

@@ -3,8 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,66 +11,70 @@ import numpy as np
 from transformers import TrainingArguments
 
 from hico.data.batching import BatchSampler
-from hico.data.mixture import Mixture
+from hico.data.mixture import Mixture, read_mixture
 from hico.data.yaml_files import read_yaml
 from hico.train import checkpoint
 from hico.train.config import Recipe
 
 _DATA = ("started_from", "seed", "datasets", "order")
 """What a run must have in common with the checkpoint that it goes on from."""
-_OPTIMIZED = ("objective", "trainable", "lora", "optim", "optim_args", "optim_target_modules")
-"""Settings that decide what the state of the optimizer belongs to."""
+_OPTIMIZED = (
+    *("objective", "trainable", "lora", "optim", "optim_args", "optim_target_modules", "weight_decay"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon"),
+)
+"""Settings that the state of the optimizer belongs to."""
 _HOW = re.compile(
-    r"(output_dir|name|model|check_files|decode_timeout|peak_tflops|on_bad_sample|max_bad_fraction|attn_implementation"
-    r"|eval_(?!data|fraction).*|per_device_eval.*|(activation|gradient)_checkpointing.*|use_cpu|deepspeed|tf32|project"
-    r"|fsdp|(dataloader|ddp|disable|fsdp|hub|include|log|logging|push|report|run|save|skip|torch|trackio)_.*)"
+    r"(output_dir|name|model|plugins|check_files|decode_timeout|peak_tflops|on_bad_sample|max_bad_fraction"
+    r"|attn_implementation|eval_(?!data|fraction).*|per_device_eval.*|(activation|gradient)_checkpointing.*|use_cpu"
+    r"|deepspeed|tf32|project|fsdp"
+    r"|(dataloader|ddp|disable|fsdp|hub|include|log|logging|push|report|run|save|skip|torch|trackio)_.*)"
 )
 """Settings that say how a stage is run or watched, not what comes of it."""
-_DEFAULTS = {
-    known.name: known.default_factory() if known.default is MISSING else known.default
-    for kind in (TrainingArguments, Recipe)
-    for known in fields(kind)
-    if known.default is not MISSING or known.default_factory is not MISSING
-}
-"""What a setting is that no recipe names."""
 
 
-def manifest(recipe: Recipe, mixture: Mixture, *, order: Mapping[str, Any]) -> dict[str, Any]:
+def manifest(recipe: Recipe, mixture: Mixture, sampler: BatchSampler, batches_per_step: int) -> dict[str, Any]:
     """Say what a stage is made from: its settings, the model that it starts from, its data and their order.
 
     Args:
         recipe: of the stage.
         mixture: its data.
-        order: of its rows, see `row_order`.
+        sampler: all batches, as of one device.
+        batches_per_step: micro-batches of a step, over all devices.
     """
     return {
         "stage": recipe.name,
-        "settings": _settings(recipe),
+        "settings": settings_of(recipe),
         "started_from": _identity(recipe),
-        "order": dict(order),
+        "order": _row_order(sampler, batches_per_step),
         **mixture.manifest(),
     }
 
 
-def row_order(sampler: BatchSampler, batches_per_step: int) -> dict[str, Any]:
-    """Describe which rows the steps of the first epoch see, whatever the number of devices.
+def changes_since_end(final: Path, recipe: Recipe) -> dict[str, str]:
+    """Say in words what differs between a finished stage and what is asked for: settings, model below, rows."""
+    before = checkpoint.read_manifest(final) or {}
+    changed = _changes(before, {"settings": settings_of(recipe)})
+    identity = _identity(recipe)
+    if Path(recipe.model).is_dir() and before.get("started_from", identity) != identity:
+        changed["started_from"] = f"{recipe.model} was trained again since"
+    try:
+        now = read_mixture(recipe.data, seed=recipe.seed, check_files=False).manifest()
+    except FileNotFoundError:  # what is finished needs its data no more
+        return changed
+    for old, new in zip(before.get("datasets", []), now["datasets"], strict=False):
+        if [file["sha256"] for file in old["files"]] != [file["sha256"] for file in new["files"]]:
+            changed["datasets"] = f"the rows of {new['name']} have changed since"
+    return changed
 
-    Args:
-        sampler: all batches, as of one device.
-        batches_per_step: micro-batches of a step, over all devices.
 
-    Returns:
-        The number of steps, and a digest of their rows.
-    """
-    batches, steps, digest = list(sampler), 0, hashlib.sha256()
-    for start in range(0, len(batches), batches_per_step):
-        rows = sorted(row for batch in batches[start : start + batches_per_step] for _, row in batch)
-        digest.update(np.array([len(rows), *rows], dtype="<i8").tobytes())
-        steps += 1
-    return {"steps_per_epoch": steps, "sha256": digest.hexdigest()}
+def is_longer(final: Path, recipe: Recipe) -> bool:
+    """Say whether more steps or epochs are asked for than a finished stage made."""
+    before, now = (checkpoint.read_manifest(final) or {}).get("settings", {}), settings_of(recipe)
+    key = "max_steps" if _value(before, "max_steps") > 0 or _value(now, "max_steps") > 0 else "num_train_epochs"
+    return _value(now, key) > _value(before, key) > 0
 
 
-def check_resumable(last: Path, asked: Mapping[str, Any]) -> str:
+def changes_since(last: Path, asked: Mapping[str, Any]) -> str:
     """Hold a checkpoint against the manifest of the run that goes on from it.
 
     Returns:
@@ -80,38 +83,25 @@ def check_resumable(last: Path, asked: Mapping[str, Any]) -> str:
     Raises:
         ValueError: if the run is of other data, in another order, started from another model, or of another optimizer.
     """
-    before, asked = checkpoint.read_manifest(last) or {}, _as_read(asked)
+    before, asked = checkpoint.read_manifest(last) or {}, json.loads(json.dumps(asked))
     for key in _DATA:
         if _wherever(before.get(key)) != _wherever(asked[key]):
             hint = " (batch sizes, devices, lengths or held-out rows differ)" if key == "order" else ""
             raise ValueError(
                 f"{last} was trained on other data: {key} was {str(before.get(key))[:300]} and is "
-                f"{str(asked[key])[:300]}{hint}; put that back, or train into another output_dir"
+                f"{str(asked[key])[:300]}{hint}; put that back, give --overwrite, or name another output_dir"
             )
-    settings = before.get("settings", {})
-    if changed := _changes(settings, asked["settings"], _OPTIMIZED):
+    changed = _changes(before, asked)
+    if held := [said for key, said in changed.items() if key in _OPTIMIZED]:
         raise ValueError(
-            f"{last} holds the optimizer of other settings: {changed}; put that back, or train into another output_dir"
+            f"{last} holds the optimizer of other settings: {', '.join(held)}; put that back, give --overwrite, or "
+            "name another output_dir"
         )
-    return _changes(settings, asked["settings"])
+    return ", ".join(changed.values())
 
 
-def check_finished(final: Path, recipe: Recipe) -> None:
-    """Raise ``ValueError`` if a finished stage was made by other settings, or from another model, than asked for."""
-    before = checkpoint.read_manifest(final) or {}
-    changed = _changes(before.get("settings", {}), _as_read(_settings(recipe)))
-    identity = _identity(recipe)
-    if Path(recipe.model).is_dir() and before.get("started_from", identity) != identity:
-        changed = f"{recipe.model} was trained again since" + (f", and {changed}" if changed else "")
-    if changed:
-        raise ValueError(
-            f"stage {recipe.name} is finished, but {changed}; remove {final.parent} to train it again, "
-            "put the settings back, or name another output_dir"
-        )
-
-
-def _settings(recipe: Recipe) -> dict[str, Any]:
-    """Return what differs from the defaults among the settings that decide what comes of a stage."""
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings that decide what comes of a stage, as JSON has them."""
     settings = {**vars(recipe), **recipe.arguments, "trainable": sorted(recipe.trainable)}
     del settings["arguments"]
     if recipe.global_batch_size is not None:
@@ -122,11 +112,33 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         if isinstance(settings.get(key), str):
             datasets = json.dumps(read_yaml(Path(settings[key])), sort_keys=True)
             settings[key] = hashlib.sha256(datasets.encode()).hexdigest()
+    return json.loads(json.dumps({key: value for key, value in settings.items() if not _HOW.fullmatch(key)}))
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    if "settings" not in before:
+        return {}
+    old, new = before["settings"], now["settings"]
     return {
-        key: value
-        for key, value in settings.items()
-        if not _HOW.fullmatch(key) and value != _DEFAULTS.get(key, MISSING)
+        key: f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
+        for key in {**old, **new}
+        if _value(old, key) != _value(new, key)
     }
+
+
+def _value(settings: Mapping[str, Any], key: str) -> Any:
+    """Return a setting, or what it is where no recipe names it."""
+    return settings.get(key, getattr(TrainingArguments, key, getattr(Recipe, key, None)))
+
+
+def _row_order(sampler: BatchSampler, batches_per_step: int) -> dict[str, Any]:
+    """Return the steps of the first epoch, and a digest of their rows that any number of devices has in common."""
+    batches, digest = list(sampler), hashlib.sha256()
+    steps = range(0, len(batches), batches_per_step)
+    for start in steps:
+        rows = sorted(row for batch in batches[start : start + batches_per_step] for _, row in batch)
+        digest.update(np.array([len(rows), *rows], dtype="<i8").tobytes())
+    return {"steps_per_epoch": len(steps), "sha256": digest.hexdigest()}
 
 
 def _identity(recipe: Recipe) -> str | None:
@@ -140,13 +152,3 @@ def _wherever(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _wherever(item) for key, item in value.items() if key != "path"}
     return value
-
-
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any], among: Sequence[str] | None = None) -> str:
-    """Say in words which settings changed: any of them, or ``among`` some."""
-    keys = [key for key in among or {**before, **now} if before and before.get(key) != now.get(key)]
-    return ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys)
-
-
-def _as_read(value: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(value))

@@ -29,7 +29,9 @@ def dry_run(recipe: Recipe, prepared: Prepared, *, world_size: int) -> str:
         ValueError: if no part learns, adapters find no place, or the batch does not divide.
     """
     with torch.device("meta"):
-        model = HicoForConditionalGeneration(prepared.config)
+        model = HicoForConditionalGeneration._from_config(
+            prepared.config, attn_implementation=recipe.attn_implementation
+        )
     freeze(model, [*recipe.trainable, *(["llm"] if recipe.lora is not None else [])])
     parameters = count_parameters(model)
     lines = [
@@ -54,11 +56,7 @@ def dry_run(recipe: Recipe, prepared: Prepared, *, world_size: int) -> str:
     if prepared.eval_rows is not None:
         lines.append(f"held out: {len(prepared.eval_rows):,} rows")
     accumulation = recipe.gradient_accumulation(world_size)
-    sampler = prepared.sampler(world_size=world_size)
-    steps_per_epoch = max(1, -(-len(sampler) // accumulation))
-    steps = math.ceil(steps_per_epoch * recipe.arguments.get("num_train_epochs", 3))
-    if recipe.arguments.get("max_steps", -1) > 0:
-        steps = recipe.arguments["max_steps"]
+    steps_per_epoch, steps = prepared.steps(world_size)
     lengths = prepared.lengths[prepared.rows]
     per_step = lengths.sum() / steps_per_epoch
     lines += [

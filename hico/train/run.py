@@ -4,14 +4,16 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments, set_seed
+from accelerate import PartialState
+from transformers import set_seed
 
 from hico.data.dataset import TrainingRows
 from hico.train import checkpoint, provenance
+from hico.train.arguments import StageArguments, training_arguments
 from hico.train.checks import check_recipe
 from hico.train.config import Recipe
 from hico.train.lora import add_lora, load_model
@@ -28,10 +30,14 @@ STOPPED = 143
 """Exit status after SIGTERM, as shells count it."""
 
 
-def run_chain(recipes: Sequence[Recipe]) -> Path:
+def run_chain(recipes: Sequence[Recipe], *, overwrite: bool = False) -> Path:
     """Run stages one after the other; finished ones are skipped.
 
     All recipes are checked at every start; data and configuration of later stages before the chain's first step.
+
+    Args:
+        recipes: of the stages.
+        overwrite: see `run_stage`.
 
     Returns:
         The folder of the last stage's model.
@@ -43,34 +49,60 @@ def run_chain(recipes: Sequence[Recipe]) -> Path:
         for recipe in recipes[1:]:
             config = prepare(replace(recipe, model=recipes[0].model), start=config, is_first=_is_first()).config
     for recipe in recipes:
-        result = run_stage(recipe)
+        result = run_stage(recipe, overwrite=overwrite)
     return result
 
 
-def run_stage(recipe: Recipe) -> Path:
-    """Train a stage, from where it was left if it was begun.
+def run_stage(recipe: Recipe, *, overwrite: bool = False) -> Path:
+    """Train a stage, from where it was left if it was begun, or was finished with fewer steps than it asks for now.
 
     Ends the process with status 143 after SIGTERM; its checkpoint, or after the last step its result, is written then.
+
+    Args:
+        recipe: of the stage.
+        overwrite: train it anew where recipe or data are not those that it was begun or finished with.
 
     Returns:
         The folder of the trained model.
 
     Raises:
         ValueError, FileNotFoundError: for what is wrong with recipe, data or checkpoint, before the first step.
+        RuntimeError: from what the training steps raise.
     """
     output_dir = Path(recipe.output_dir)
     final = output_dir / checkpoint.FINAL
+    last = next(reversed(checkpoint.checkpoints(output_dir)), None)
+    anew, changes = False, ""
     if checkpoint.is_complete(final):
-        provenance.check_finished(final, recipe)
-        _announce("stage %s is finished: %s is there; remove it to train again", recipe.name, final)
-        return final
+        changes = ", ".join(provenance.changes_since_end(final, recipe).values())
+        anew = bool(changes) and not (last and provenance.is_longer(final, recipe))
+        if not changes:
+            _announce("stage %s is finished: %s is there; remove it to train again", recipe.name, final)
+            return final
+        if anew and not overwrite:
+            raise ValueError(
+                f"stage {recipe.name} is finished, but {changes}; remove {output_dir} or give --overwrite to train it "
+                "again, more epochs to go on from its last checkpoint, or name another output_dir"
+            )
     # Before anything is loaded: under ZeRO-3 the arguments decide how weights are placed.
     args = training_arguments(recipe)
     trainer = make_trainer(recipe, args, prepare(recipe, is_first=args.process_index == 0))
-    last = next(reversed(checkpoint.checkpoints(output_dir)), None)
-    if last:
-        changed = provenance.check_resumable(last, trainer.manifest)
-        _announce("stage %s goes on from %s%s", recipe.name, last, f", though {changed}" if changed else "")
+    if last and not anew:
+        try:
+            changes = provenance.changes_since(last, trainer.manifest)
+        except ValueError:
+            if not overwrite:
+                raise
+            anew = True
+    if anew:
+        _announce("stage %s is trained anew in %s", recipe.name, output_dir)
+        PartialState().wait_for_everyone()
+        if args.process_index == 0:
+            checkpoint.discard_run(output_dir)
+        PartialState().wait_for_everyone()
+        last = None
+    elif last:
+        _announce("stage %s goes on from %s%s", recipe.name, last, f", though {changes}" if changes else "")
     with trainer.stop_on_signal.listening():
         trainer.train_from(last)
         if trainer.is_done:
@@ -80,7 +112,7 @@ def run_stage(recipe: Recipe) -> Path:
     return final
 
 
-def make_trainer(recipe: Recipe, args: TrainingArguments, prepared: Prepared) -> StageTrainer:
+def make_trainer(recipe: Recipe, args: StageArguments, prepared: Prepared) -> StageTrainer:
     """Load the model, freeze what does not learn, and put the trainer together."""
     set_seed(args.seed)
     model = load_model(recipe.model, config=prepared.config, attn_implementation=recipe.attn_implementation)
@@ -90,8 +122,10 @@ def make_trainer(recipe: Recipe, args: TrainingArguments, prepared: Prepared) ->
             "learned; add 'llm', or resize the model first: model.resize_token_embeddings(len(tokenizer))"
         )
     set_seed(args.seed)  # merging adapters draws numbers, and what follows must not depend on it
+    per_step = args.gradient_accumulation_steps * args.world_size
+    args.count_steps(prepared.steps(args.world_size)[1])
     common = {
-        "manifest": provenance.manifest(recipe, prepared.mixture, order=prepared.order(args)),
+        "manifest": provenance.manifest(recipe, prepared.mixture, prepared.sampler(), per_step),
         "bad_rows": BadRows(Path(args.output_dir), args.process_index, recipe.max_bad_fraction),
     }
     dataset = TrainingRows(prepared.mixture, prepared.processor, recipe, seed=args.seed)
@@ -118,25 +152,6 @@ def make_trainer(recipe: Recipe, args: TrainingArguments, prepared: Prepared) ->
         peak_tflops=recipe.peak_tflops or peak_tflops(),
         **common,
     )
-
-
-def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """Turn a recipe into the arguments of transformers."""
-    settings = recipe.trainer_settings()
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    settings["gradient_accumulation_steps"] = recipe.gradient_accumulation(world_size)
-    if "activation_checkpointing" in {known.name for known in fields(TrainingArguments)}:
-        # Newer transformers warn at the old name; drop this when only they are supported.
-        settings["activation_checkpointing"] = settings.pop("gradient_checkpointing", None)
-    args = TrainingArguments(
-        output_dir=recipe.output_dir, remove_unused_columns=False, logging_nan_inf_filter=False, **settings
-    )
-    if args.deepspeed and args.device.type == "cpu" and args.world_size > 1:
-        # On CPUs accelerate 1.15 starts torch's process group but not DeepSpeed's, which ZeRO-3 needs for loading.
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend="gloo")
-    return args
 
 
 def _is_first() -> bool:

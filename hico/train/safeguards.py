@@ -1,4 +1,4 @@
-"""What keeps a long run honest: bad rows counted, signals obeyed, the best checkpoint found again."""
+"""What keeps a long run honest: bad rows counted, and signals obeyed."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ from multiprocessing import active_children
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from hico.data.dataset import BadRow
 from hico.data.decoding import SampleError
@@ -116,19 +116,6 @@ class StopOnSignal(TrainerCallback):
 
     def _note(self, number, frame):
         self.received = True
-
-
-class FollowBest(TrainerCallback):
-    """Find the best checkpoint of a run that was moved; the parent class would go on without."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        locate_best(args, state)
-
-
-def locate_best(args: TrainingArguments, state: TrainerState) -> None:
-    """Say where the best checkpoint is: in the output folder, whatever folder it was written or first lay in."""
-    if state.best_global_step:
-        state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
 
 
 def _on_any_device(flag: bool, args: TrainingArguments) -> bool:

@@ -1,6 +1,7 @@
 """`StageTrainer`: `transformers.Trainer` that obeys signals and whose checkpoints are complete or absent."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,12 +9,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hico.train import checkpoint
-from hico.train.safeguards import BadRows, FollowBest, StopOnSignal, locate_best, workers_end_with_training
+from hico.train.safeguards import BadRows, StopOnSignal, workers_end_with_training
 
 PROGRESS = "progress.json"
+_TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
+
+
+class _Follow(TrainerCallback):
+    """Let the trainer take part where its parent class has no method to extend."""
+
+    def __init__(self, trainer: "StageTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.go_on_as_asked()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.has_begun = True
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.note_rates()
 
 
 class StageTrainer(Trainer):
@@ -31,16 +50,33 @@ class StageTrainer(Trainer):
         self, model: nn.Module, args: TrainingArguments, *, manifest: Mapping[str, Any], bad_rows: BadRows, **options
     ):
         self.manifest, self.bad_rows = dict(manifest), bad_rows
-        self.stop_on_signal = StopOnSignal()
+        self.stop_on_signal, self.has_begun = StopOnSignal(), False
         # The parent class removes checkpoints of its own accord when training ends: also the one after a signal.
         self.save_total_limit, args.save_total_limit = args.save_total_limit, None
         self._loss_sum, self._last_logged = torch.zeros(()), 0
-        super().__init__(model, args, callbacks=[self.stop_on_signal, FollowBest()], **options)
+        self._asked_rates: list[float] = []
+        self._rates: list[float] = []
+        # TensorBoard would begin another run at every restart.
+        asked = os.environ.get(_TENSORBOARD)
+        os.environ[_TENSORBOARD] = asked or os.path.join(args.output_dir, checkpoint.LOGS)
+        super().__init__(model, args, callbacks=[self.stop_on_signal, _Follow(self)], **options)
+        if asked is None:
+            del os.environ[_TENSORBOARD]
 
     def train(self, *args, **kwargs):
-        """Train; see `transformers.Trainer.train`."""
+        """Train; see `transformers.Trainer.train`.
+
+        Raises:
+            RuntimeError: from what a step raises, be it only bad input before the first one; rows that cannot be read
+                are a `SampleError` at any time.
+        """
         with self.stop_on_signal.listening(), workers_end_with_training():
-            return super().train(*args, **kwargs)
+            try:
+                return super().train(*args, **kwargs)
+            except (ValueError, OSError, ImportError) as error:
+                if not self.has_begun:
+                    raise
+                raise RuntimeError(f"training failed after step {self.state.global_step}") from error
 
     @property
     def is_done(self) -> bool:
@@ -57,6 +93,30 @@ class StageTrainer(Trainer):
         self.bad_rows.load(last)
         if last is not None:
             self.load_progress(json.loads((last / PROGRESS).read_text()))
+
+    def create_scheduler(self, *args, **kwargs):
+        """Make the schedule, and note the rates that it begins with: a checkpoint would put its own in their place."""
+        schedule = super().create_scheduler(*args, **kwargs)
+        self._asked_rates = list(getattr(schedule, "base_lrs", []))
+        return schedule
+
+    def go_on_as_asked(self) -> None:
+        """Give what a checkpoint restored the learning rates and intervals of this run, and the place of its best."""
+        self.state.compute_steps(self.args, self.state.max_steps)
+        self._locate_best()
+        schedule = self.lr_scheduler
+        if not isinstance(schedule, LambdaLR) or schedule.base_lrs == self._asked_rates:
+            return
+        schedule.base_lrs = self._asked_rates
+        for group, rate, factor in zip(
+            schedule.optimizer.param_groups, self._asked_rates, schedule.lr_lambdas, strict=True
+        ):
+            group["initial_lr"], group["lr"] = rate, rate * factor(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+
+    def note_rates(self) -> None:
+        """Note the learning rates of the step that is made, one per group of parameters."""
+        self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def training_step(self, *args, **kwargs) -> Tensor:
         """Return the loss of a micro-batch, and add it to what is logged next."""
@@ -135,7 +195,6 @@ class StageTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         step, output_dir = self.state.global_step, Path(self.args.output_dir)
-        locate_best(self.args, self.state)
         with self.staged(f"checkpoint-{step}") as staged:
             self._staging = staged.parent
             try:
@@ -143,10 +202,16 @@ class StageTrainer(Trainer):
             finally:
                 self._staging = None
             self.bad_rows.save(staged)
-            locate_best(self.args, self.state)
+            self._locate_best()
             progress = self.progress()
             if self.args.should_save:
                 (staged / PROGRESS).write_text(json.dumps(progress))
                 self.state.save_to_json(str(staged / "trainer_state.json"))
         if self.args.should_save:
             checkpoint.rotate(output_dir, self.save_total_limit, keep=self.state.best_model_checkpoint)
+
+    def _locate_best(self) -> None:
+        """Say where the best checkpoint is: in the output folder, whatever folder it was written or first lay in."""
+        if self.state.best_global_step:
+            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best)

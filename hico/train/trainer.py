@@ -14,12 +14,13 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from hico.data.batching import BatchSampler, EpochLoader
 from hico.data.collator import Collator
 from hico.data.dataset import TrainingRows
+from hico.data.survey import MODALITIES
 from hico.prompt import IGNORE_INDEX
-from hico.train.config import Recipe
-from hico.train.parts import parameter_groups
+from hico.train.config import PARTS, Recipe
+from hico.train.parts import modules_of, parameter_groups, rest
 from hico.train.safeguards import outlive_sigterm
 from hico.train.stage_trainer import StageTrainer
-from hico.train.throughput import FlopCounter, Meter, TokenLoss, losses_by_modality
+from hico.train.throughput import FlopCounter, Meter, TokenLoss, peak_memory
 
 
 class HicoTrainer(StageTrainer):
@@ -58,13 +59,16 @@ class HicoTrainer(StageTrainer):
         **options: Any,
     ):
         self.recipe, self.sampler, self.eval_sampler = recipe, sampler, eval_sampler
-        self.flops, self.meter = flops, Meter(peak_tflops if flops else None)
+        self.flops, self.meter = flops, Meter(dataset.mixture.names, peak_tflops if flops else None)
         self.token_loss = TokenLoss()
         unwrapped(model).loss_function = self.token_loss
         # Where the LLM is frozen, text alone has nothing to learn from, and its loss no gradient.
         llm_learns = "llm" in recipe.trainable or recipe.lora is not None
         needed = "pixels" if args.world_size > 1 or not llm_learns else "rows"
         collator = Collator(dataset.processor, packing=recipe.packing, needed=needed)
+        frozen = [part for part in PARTS if part not in recipe.trainable and (part != "llm" or not llm_learns)]
+        self._resting, self._visual_ids = modules_of(unwrapped(model), frozen), dataset.visual_ids
+        self._parts: list[str] = []
         super().__init__(
             model,
             args,
@@ -82,7 +86,6 @@ class HicoTrainer(StageTrainer):
             core.encode = partial(core.encode, clips_per_chunk=sys.maxsize)
             unwrapped(model).tokens_per_loss_chunk = sys.maxsize
         self._since = time.perf_counter()
-        self._visual_ids = dataset.visual_ids
 
     def train(self, *args, **kwargs):
         """Train; see `transformers.Trainer.train`."""
@@ -115,6 +118,7 @@ class HicoTrainer(StageTrainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Take the batches of one step from the loader, and note how long that took."""
         batches, num_items = super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
+        self.meter.add(steps=1)
         for batch in batches:
             self._count(batch)
         return batches, num_items
@@ -135,25 +139,29 @@ class HicoTrainer(StageTrainer):
         rows = row_sizes(batch, self._visual_ids)
         num_tiles = len(batch["pixel_values"]) if "pixel_values" in batch else 0
         clips = batch["pixel_values_videos"].shape[:2] if "pixel_values_videos" in batch else (0, 0)
+        num_tokens, num_learned = sum(length for length, _ in rows), int((batch["labels"] != IGNORE_INDEX).sum())
         self.meter.add(
             rows=num_rows - len(left_out),
             bad_rows=len(left_out),
-            tokens=sum(length for length, _ in rows),
+            tokens=num_tokens,
+            visual_tokens=sum(visual for _, visual in rows),
+            learned_tokens=num_learned,
+            padding=batch["input_ids"].numel() - num_tokens,
             frames=clips[0] * clips[1] + num_tiles,
         )
         if self.flops:
-            learned = int((batch["labels"] != IGNORE_INDEX).sum())
-            self.meter.add(flops=self.flops(rows, num_clips=clips[0], num_tiles=num_tiles, num_learned=learned))
+            self.meter.add(flops=self.flops(rows, num_clips=clips[0], num_tiles=num_tiles, num_learned=num_learned))
 
     # Loss ---------------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Return the loss, and add the tokens' losses to those of their modality."""
-        modality = inputs.pop("modality")
+        """Return the loss, and add the tokens' losses to those of their modality and dataset."""
+        rest(self._resting)
+        modality, dataset = inputs.pop("modality"), inputs.pop("dataset")
         with self.token_loss.remembered() as losses:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         learned = inputs["labels"][:, 1:] != IGNORE_INDEX
-        self.meter.add_losses(torch.cat(losses), modality[:, 1:][learned])
+        self.meter.add_losses(torch.cat(losses), modality[:, 1:][learned], dataset[:, 1:][learned])
         return result
 
     def floating_point_ops(self, inputs) -> float:
@@ -161,10 +169,16 @@ class HicoTrainer(StageTrainer):
         return 0.0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Report the meter beside the loss."""
+        """Report the meter and every part's learning rate beside the loss."""
         if "loss" in logs:
             self._take_time()
+            rates = dict(zip(self._parts, self._rates, strict=False))
+            logs |= {f"learning_rate_{part}": rate for part, rate in rates.items()}
+            common = [rate for part, rate in rates.items() if part not in self.recipe.part_learning_rates]
+            logs["learning_rate"] = (common or [logs["learning_rate"]])[0]
             logs |= self.meter.report(self.sum_over_devices, self.args.world_size)
+            memory = torch.tensor([peak_memory()], device=self.args.device)
+            logs["peak_memory_gib"] = self.accelerator.gather(memory).max().item()
         super().log(logs, start_time)
 
     def progress(self) -> dict[str, Any]:
@@ -186,22 +200,23 @@ class HicoTrainer(StageTrainer):
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Return the mean loss of a learned token of the held-out rows: of all, and per modality."""
-        start, meter = time.perf_counter(), Meter()
+        start, meter = time.perf_counter(), Meter(self.eval_dataset.mixture.names)
         model = self.model_wrapped
         was_training = model.training
         model.eval()
         for batch in self.get_eval_dataloader():
             batch = self._prepare_inputs(batch)
             self.bad_rows.count(batch.pop("num_rows"), batch.pop("bad_rows"))
-            modality = batch.pop("modality")
+            modality, dataset = batch.pop("modality"), batch.pop("dataset")
             with self.compute_loss_context_manager(), self.token_loss.remembered() as losses:
                 model(**batch, logits_to_keep=1)
-            meter.add_losses(torch.cat(losses), modality[:, 1:][batch["labels"][:, 1:] != IGNORE_INDEX])
+            learned = batch["labels"][:, 1:] != IGNORE_INDEX
+            meter.add_losses(torch.cat(losses), modality[:, 1:][learned], dataset[:, 1:][learned])
         model.train(was_training)
         sums = meter.totals(self.sum_over_devices)
-        losses, counts = (sum(value for key, value in sums.items() if key.startswith(k)) for k in ("loss_", "count_"))
+        losses, counts = (sum(sums[f"{what}_{kind}"] for kind in MODALITIES) for what in ("loss", "count"))
         metrics = {f"{metric_key_prefix}_loss": losses / max(counts, 1)}
-        metrics |= losses_by_modality(sums, f"{metric_key_prefix}_")
+        metrics |= meter.mean_losses(sums, f"{metric_key_prefix}_")
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
         self._since += metrics[f"{metric_key_prefix}_runtime"]
         self.log(metrics)
@@ -222,6 +237,7 @@ class HicoTrainer(StageTrainer):
                 weight_decay=self.args.weight_decay,
                 decayed=self.get_decay_parameter_names(model),
             )
+            self._parts = [group["name"].split()[0] for group in groups]
             self.optimizer = kind(groups, **settings)
         return self.optimizer
 
