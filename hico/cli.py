@@ -9,6 +9,7 @@ from io import StringIO
 from pathlib import Path
 
 import hico
+from hico.registry import import_plugins
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,8 +19,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for add in (_add_chat, _add_demo, _add_convert, _add_inspect, _add_bench, _add_merge_lora):
         add(commands)
+    for command in commands.choices.values():
+        command.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="import yours first")
     args = parser.parse_args(argv)
     try:
+        import_plugins(args.plugin)
         return args.run(args) or 0
     except (ValueError, OSError, ImportError) as error:
         print(f"hico {args.command}: {error}", file=sys.stderr)

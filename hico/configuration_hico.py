@@ -272,11 +272,19 @@ class VisionSpec:
 
         Args:
             grid: rows and columns of its tiles; ``(0, 0)`` is one tile alone.
+
+        Raises:
+            ValueError: if the tokens of a tile do not make the square that a mosaic is laid out of.
         """
-        num_tiles = grid[0] * grid[1]
+        num_tiles, num_tokens = grid[0] * grid[1], self._num_tokens(1, compress=self.image_layout != "flat")
+        if num_tiles and self.image_layout == "mosaic" and math.isqrt(num_tokens) ** 2 != num_tokens:
+            raise ValueError(
+                f"{num_tokens} tokens per tile are no square, and a mosaic of {grid[0]} x {grid[1]} tiles needs one; "
+                "set tokens_per_image of the compressor to a square, or image_tiling: single in the processor"
+            )
         if num_tiles and self.image_layout != "tiles":
             num_tiles += 1
-        return max(1, num_tiles) * self._num_tokens(1, compress=self.image_layout != "flat")
+        return max(1, num_tiles) * num_tokens
 
     def _num_tokens(self, num_frames: int, *, compress: bool = True) -> int:
         encoder, compressor = self._parts

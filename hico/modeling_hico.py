@@ -111,7 +111,12 @@ class HicoModel(HicoPreTrainedModel):
             clips_NTCHW = normalize_pixels(clips_NTCHW, mean=self.encoder.image_mean, std=self.encoder.image_std)
         elif not clips_NTCHW.is_floating_point():
             raise ValueError(f"pixels are {clips_NTCHW.dtype}; give uint8, or floats that are normalised already")
-        tokens_NLD = self.encoder(clips_NTCHW.to(self.dtype))  # not of a weight, which may be stored as integers
+        # A part that does not learn may be of fewer bits than one that does, and a weight be stored as integers.
+        dtypes = [
+            next((p.dtype for p in part.parameters() if p.is_floating_point()), self.dtype)
+            for part in (self.encoder, self.projector)
+        ]
+        tokens_NLD = self.encoder(clips_NTCHW.to(dtypes[0])).to(dtypes[1])
         if not compress:
             return self.projector(tokens_NLD)
         grid = self.encoder.grid(clips_NTCHW.shape[1], *clips_NTCHW.shape[-2:])

@@ -177,8 +177,9 @@ class TrackTrainer(StageTrainer):
     def save_result(self, folder: Path) -> None:
         """Write the whole model with the trained encoder, and its processor."""
         if self.args.should_save:
-            for part in self._result:
-                part.save_pretrained(folder)
+            model, processor = self._result
+            model.to(self.dtype).save_pretrained(folder)
+            processor.save_pretrained(folder)
 
 
 def _facts(mixture: Mixture, number: int) -> Mapping[str, Any]:

@@ -12,13 +12,18 @@ from typing import NoReturn
 import torch
 
 from hico.data.decoding import SampleError
+from hico.registry import import_plugins
+from hico.train.config import Recipe
 from hico.train.recipes import load_recipes, parse_overrides
 
 BAD_INPUT = (ValueError, OSError, ImportError, SampleError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status. Bad input is one line on standard error, never a traceback."""
+    """Run the command line; return the exit status.
+
+    Bad input is one line on standard error. What goes wrong in a training step has a traceback: it may be your code.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m hico.train",
         description="Train a stage, or a chain of stages. Any key of a recipe is a flag too: --learning_rate 2e-5.",
@@ -26,19 +31,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config", required=True, metavar="RECIPE", help="a YAML file, see train/")
     parser.add_argument("--dry_run", action="store_true", help="say what would be done, and stop")
-    parser.add_argument("--world_size", type=int, help="devices that --dry_run plans for (those there are)")
+    parser.add_argument("--world_size", type=int, help="devices that --dry_run plans for (those here)")
+    parser.add_argument("--overwrite", action="store_true", help="train anew what was made otherwise")
+    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="import yours first")
     args, rest = parser.parse_known_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
+        import_plugins(args.plugin)
         recipes = load_recipes(args.config, parse_overrides(rest))
-        if not args.dry_run:
-            from hico.train.run import run_chain
+        if args.dry_run:
+            return _dry_run(recipes, args.world_size)
+        from hico.train.run import run_chain
 
-            run_chain(recipes)
-            return 0
-        if args.world_size is not None and args.world_size < 1:
-            raise ValueError(f"world_size is {args.world_size}; plan for at least 1 device")
-        return _dry_run(recipes, args.world_size or int(os.environ.get("WORLD_SIZE", 1)))
+        run_chain(recipes, overwrite=args.overwrite)
+        return 0
     except BAD_INPUT as error:
         _complain(error)
         return 1
@@ -46,21 +52,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _dry_run(recipes, world_size: int) -> int:
-    """Report every stage, or what is wrong with it."""
+def _dry_run(recipes: Sequence[Recipe], world_size: int | None) -> int:
+    """Report every stage, or what is wrong with it; of several processes, the first one does."""
     from hico.train.checks import check_recipe
     from hico.train.prepared import prepare
     from hico.train.report import dry_run
 
+    if world_size is not None and world_size < 1:
+        raise ValueError(f"world_size is {world_size}; plan for at least 1 device")
     num_bad, config = 0, None
-    for recipe in recipes:
+    num_devices = world_size or int(os.environ.get("WORLD_SIZE", 1))
+    for recipe in recipes if os.environ.get("RANK", "0") == "0" else ():
         # Stages before have not run: plan with the checkpoint that the chain starts from, and what becomes of it.
         recipe.model = recipes[0].model
         try:
-            check_recipe(recipe)
-            prepared = prepare(recipe, start=config)
+            check_recipe(recipe, here=world_size is None)
+            prepared = prepare(recipe, start=config, world_size=num_devices)
             config = prepared.config
-            print(dry_run(recipe, prepared, world_size=world_size) + "\n", flush=True)
+            print(dry_run(recipe, prepared, world_size=num_devices) + "\n", flush=True)
         except BrokenPipeError:  # whoever reads has seen enough; Python would flush once more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0

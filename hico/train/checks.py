@@ -45,15 +45,19 @@ class _Planned(TrainingArguments):
     device = torch.device("cpu")
 
 
-def check_recipe(recipe: Recipe) -> None:
+def check_recipe(recipe: Recipe, *, here: bool = False) -> None:
     """Check what does not depend on data and checkpoint.
+
+    Args:
+        recipe: of the stage.
+        here: whether this machine must have what the recipe needs.
 
     Raises:
         ValueError: if a setting of another library is unknown, or settings contradict each other.
         ImportError: if a package that the recipe asks for is not installed.
         FileNotFoundError: if there is no such DeepSpeed file.
     """
-    args = planned_arguments(recipe)
+    args = planned_arguments(recipe, here=here)
     if args.load_best_model_at_end and args.save_strategy == "steps" and args.eval_steps != args.save_steps:
         raise ValueError(
             f"load_best_model_at_end with eval_steps {args.eval_steps:g} and save_steps {args.save_steps:g}: the "

@@ -85,7 +85,7 @@ def load_model(
     Raises:
         ImportError: if there are adapters, and peft is not installed.
         FileNotFoundError: if the model that the adapters belong to is gone.
-        ValueError: if weights are of other sizes than the configuration asks for.
+        ValueError: if weights are of other sizes than the configuration asks for, or adapters cannot be merged.
     """
     if config is not None:
         options["config"] = config

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hico.configuration_hico import HicoConfig
@@ -55,6 +56,12 @@ class Prepared:
         recipe = self.recipe
         rule = BatchRule(batch_size, recipe.max_tokens_per_batch, recipe.packing, recipe.group_by_length)
         return BatchSampler(rule, rows, lengths=lengths[rows], modality=mixture.modality[rows], **order)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the result: what the recipe asks for, or else the dtype of the starting checkpoint."""
+        dtype = self.recipe.dtype or self.config.dtype or torch.float32
+        return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
     def steps(self, world_size: int) -> tuple[int, int]:
         """Return the optimizer steps of an epoch, and of the stage.

@@ -1,6 +1,7 @@
 """What a recipe would do: the report of ``--dry_run``."""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -34,8 +35,13 @@ def dry_run(recipe: Recipe, prepared: Prepared, *, world_size: int) -> str:
         )
     freeze(model, [*recipe.trainable, *(["llm"] if recipe.lora is not None else [])])
     parameters = count_parameters(model)
+    size, asked = prepared.config.vision.image_size, recipe.model_config.get("encoder", {})
+    asked = recipe.image_size or (isinstance(asked, Mapping) and asked.get("image_size"))
+    whose = "the recipe's" if asked else "the checkpoint's"
+    frames = f"{recipe.min_frames} to {recipe.max_frames}"
     lines = [
         f"stage {recipe.name}: {recipe.model} -> {recipe.output_dir}",
+        f"sees {frames} frames of {size} x {size} pixels ({whose})",
         "",
         "part           trainable          total",
     ]

@@ -8,16 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
-from transformers import set_seed
+from transformers import BitsAndBytesConfig, set_seed
 
 from hico.data.dataset import TrainingRows
 from hico.train import checkpoint, provenance
 from hico.train.arguments import StageArguments, training_arguments
 from hico.train.checks import check_recipe
-from hico.train.config import Recipe
+from hico.train.config import PARTS, Recipe
 from hico.train.lora import add_lora, load_model
-from hico.train.parts import fit_vocabulary, freeze
+from hico.train.parts import fit_vocabulary, freeze, modules_of
 from hico.train.prepared import Prepared, load_config, prepare
 from hico.train.safeguards import BadRows
 from hico.train.stage_trainer import StageTrainer
@@ -115,17 +116,24 @@ def run_stage(recipe: Recipe, *, overwrite: bool = False) -> Path:
 def make_trainer(recipe: Recipe, args: StageArguments, prepared: Prepared) -> StageTrainer:
     """Load the model, freeze what does not learn, and put the trainer together."""
     set_seed(args.seed)
-    model = load_model(recipe.model, config=prepared.config, attn_implementation=recipe.attn_implementation)
+    dtype = prepared.dtype  # loading makes the configuration say what it is loaded as
+    options = {"attn_implementation": recipe.attn_implementation, **_quantized(recipe)}
+    model = load_model(recipe.model, config=prepared.config, **options)
     if fit_vocabulary(model, prepared.processor.tokenizer) and "llm" not in recipe.trainable:
         raise ValueError(
             "the tokenizer has tokens that the LLM does not, and `trainable` leaves it out, so they would not be "
             "learned; add 'llm', or resize the model first: model.resize_token_embeddings(len(tokenizer))"
         )
     set_seed(args.seed)  # merging adapters draws numbers, and what follows must not depend on it
+    frozen = [part for part in PARTS if part not in recipe.trainable and not (part == "llm" and recipe.quantization)]
+    if recipe.frozen_dtype is not None:
+        for module in modules_of(model, frozen):
+            module.to(getattr(torch, recipe.frozen_dtype))
     per_step = args.gradient_accumulation_steps * args.world_size
     args.count_steps(prepared.steps(args.world_size)[1])
     common = {
         "manifest": provenance.manifest(recipe, prepared.mixture, prepared.sampler(), per_step),
+        "dtype": dtype,
         "bad_rows": BadRows(Path(args.output_dir), args.process_index, recipe.max_bad_fraction),
     }
     dataset = TrainingRows(prepared.mixture, prepared.processor, recipe, seed=args.seed)
@@ -152,6 +160,14 @@ def make_trainer(recipe: Recipe, args: StageArguments, prepared: Prepared) -> St
         peak_tflops=recipe.peak_tflops or peak_tflops(),
         **common,
     )
+
+
+def _quantized(recipe: Recipe) -> dict[str, Any]:
+    """Return how an LLM under adapters is loaded; the other parts keep their numbers."""
+    if recipe.quantization is None:
+        return {}
+    others = [*(f"model.{part}" for part in PARTS if part != "llm"), "lm_head"]
+    return {"quantization_config": BitsAndBytesConfig(**{"llm_int8_skip_modules": others, **recipe.quantization})}
 
 
 def _is_first() -> bool:

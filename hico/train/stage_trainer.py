@@ -42,13 +42,22 @@ class StageTrainer(Trainer):
         model: what is trained.
         args: training arguments.
         manifest: written beside every checkpoint.
+        dtype: of the result.
         bad_rows: counts rows that cannot be read; its state is part of a checkpoint.
         options: of `transformers.Trainer`.
     """
 
     def __init__(
-        self, model: nn.Module, args: TrainingArguments, *, manifest: Mapping[str, Any], bad_rows: BadRows, **options
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        manifest: Mapping[str, Any],
+        dtype: torch.dtype,
+        bad_rows: BadRows,
+        **options: Any,
     ):
+        self.dtype = dtype
         self.manifest, self.bad_rows = dict(manifest), bad_rows
         self.stop_on_signal, self.has_begun = StopOnSignal(), False
         # The parent class removes checkpoints of its own accord when training ends: also the one after a signal.

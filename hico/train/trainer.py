@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +70,7 @@ class HicoTrainer(StageTrainer):
         frozen = [part for part in PARTS if part not in recipe.trainable and (part != "llm" or not llm_learns)]
         self._resting, self._visual_ids = modules_of(unwrapped(model), frozen), dataset.visual_ids
         self._parts: list[str] = []
+        self._cast: torch.dtype | None = None
         super().__init__(
             model,
             args,
@@ -243,7 +245,21 @@ class HicoTrainer(StageTrainer):
 
     # Checkpoints --------------------------------------------------------------------------------------------------
 
+    def save_result(self, folder: Path) -> None:
+        """Write the trained model in the dtype that is asked for, adapters in their own, and the processor."""
+        core = unwrapped(self.model)
+        self._cast = self.dtype if core is self.model else None
+        if self._cast and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            self.model.to(self.dtype)
+        self.save_model(str(folder))
+        if self.args.should_save:
+            # What is sharded, or lies under adapters, was not cast, and its configuration says so.
+            core.config.dtype = core.config.text_config.dtype = self.dtype
+            core.config.save_pretrained(folder)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if state_dict and self._cast:
+            state_dict = {name: tensor.to(self._cast) for name, tensor in state_dict.items()}
         super()._save(output_dir, state_dict)
         if self.args.should_save and unwrapped(self.model) is not self.model:
             # Adapters are saved without the model's configuration, which a recipe may have changed.
