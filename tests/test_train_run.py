@@ -164,6 +164,25 @@ def test_adapters_learn_over_a_bfloat16_llm(folder):
     final = run.run_stage(make(folder, **common, max_steps=2))
     assert HicoConfig.from_pretrained(final).dtype == torch.bfloat16
     assert cli.main(["merge-lora", str(final), str(folder / "merged")]) == 0
+    assert {tensor.dtype for tensor in load_file(folder / "merged/model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_adapters_learn_over_a_quantized_llm(folder):
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    common = {"trainable": ["projector"], "lora": {"r": 2}, "save_strategy": "steps", "save_steps": 2}
+    quantization = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    trainer = trainer_for(make(folder, **common, quantization=quantization))
+    stored = {
+        name.rsplit(".", 2)[0]: p.dtype for name, p in trainer.model.named_parameters() if p.dtype == torch.uint8
+    }
+    assert stored
+    assert all("language_model" in name for name in stored)
+    final = run.run_stage(make(folder, **common, quantization=quantization))
+    whole = run.run_stage(make(folder, **common, output_dir=str(folder / "whole")))
+    found, expected = ([entry["loss"] for entry in steps(made)] for made in (final, whole))
+    assert found == pytest.approx(expected, rel=0.1)
+    assert cli.main(["merge-lora", str(final), str(folder / "merged")]) == 0
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

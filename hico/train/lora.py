@@ -115,5 +115,6 @@ def merge_lora(folder: str | Path, output: str | Path) -> None:
         raise FileExistsError(f"{output} exists; name a folder that does not")
     if not (Path(folder) / ADAPTER_CONFIG).is_file():
         raise FileNotFoundError(f"{folder} holds no {ADAPTER_CONFIG}; give the result of a stage with lora")
-    load_model(folder).save_pretrained(output)
+    dtype = HicoConfig.from_pretrained(folder).dtype
+    load_model(folder).to(dtype or torch.float32).save_pretrained(output)
     HicoProcessor.from_pretrained(folder).save_pretrained(output)

@@ -117,7 +117,9 @@ def make_trainer(recipe: Recipe, args: StageArguments, prepared: Prepared) -> St
     """Load the model, freeze what does not learn, and put the trainer together."""
     set_seed(args.seed)
     dtype = prepared.dtype  # loading makes the configuration say what it is loaded as
-    options = {"attn_implementation": recipe.attn_implementation, **_quantized(recipe)}
+    options = {"attn_implementation": recipe.attn_implementation}
+    if recipe.quantization is not None:
+        options["quantization_config"] = BitsAndBytesConfig(**recipe.quantization)
     model = load_model(recipe.model, config=prepared.config, **options)
     if fit_vocabulary(model, prepared.processor.tokenizer) and "llm" not in recipe.trainable:
         raise ValueError(
@@ -160,14 +162,6 @@ def make_trainer(recipe: Recipe, args: StageArguments, prepared: Prepared) -> St
         peak_tflops=recipe.peak_tflops or peak_tflops(),
         **common,
     )
-
-
-def _quantized(recipe: Recipe) -> dict[str, Any]:
-    """Return how an LLM under adapters is loaded; the other parts keep their numbers."""
-    if recipe.quantization is None:
-        return {}
-    others = [*(f"model.{part}" for part in PARTS if part != "llm"), "lm_head"]
-    return {"quantization_config": BitsAndBytesConfig(**{"llm_int8_skip_modules": others, **recipe.quantization})}
 
 
 def _is_first() -> bool:

@@ -1,5 +1,6 @@
 """`HicoTrainer`: trains a model in parts, on rows whose order can be resumed."""
 
+import copy
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -247,23 +248,29 @@ class HicoTrainer(StageTrainer):
 
     def save_result(self, folder: Path) -> None:
         """Write the trained model in the dtype that is asked for, adapters in their own, and the processor."""
-        core = unwrapped(self.model)
-        self._cast = self.dtype if core is self.model else None
+        self._cast = self.dtype if unwrapped(self.model) is self.model else None
         if self._cast and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             self.model.to(self.dtype)
         self.save_model(str(folder))
         if self.args.should_save:
-            # What is sharded, or lies under adapters, was not cast, and its configuration says so.
-            core.config.dtype = core.config.text_config.dtype = self.dtype
-            core.config.save_pretrained(folder)
+            self._save_config(folder, dtype=self.dtype)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if state_dict and self._cast:
             state_dict = {name: tensor.to(self._cast) for name, tensor in state_dict.items()}
         super()._save(output_dir, state_dict)
         if self.args.should_save and unwrapped(self.model) is not self.model:
-            # Adapters are saved without the model's configuration, which a recipe may have changed.
-            unwrapped(self.model).config.save_pretrained(output_dir)
+            self._save_config(output_dir)
+
+    def _save_config(self, folder: str | Path, **changes: Any) -> None:
+        """Write the configuration of weights that were not cast with the model, or that lie under adapters."""
+        config = copy.deepcopy(unwrapped(self.model).config)
+        for key, value in changes.items():
+            setattr(config, key, value)
+            setattr(config.text_config, key, value)
+        if hasattr(config, "quantization_config"):  # how the model below was loaded, and not how it lies there
+            del config.quantization_config
+        config.save_pretrained(folder)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
