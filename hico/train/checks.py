@@ -2,11 +2,9 @@
 
 import json
 import warnings
-from collections.abc import Mapping
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
@@ -165,20 +163,13 @@ def zero_stage(recipe: Recipe) -> int | None:
     spec = recipe.arguments.get("deepspeed")
     if spec is None:
         return None
-    settings = _read_json(Path(spec)) if isinstance(spec, str) else spec
-    zero = settings.get("zero_optimization", {}) if isinstance(settings, Mapping) else None
-    stage = zero.get("stage", 0) if isinstance(zero, Mapping) else None
-    if stage not in (0, 1, 2, 3):
-        raise ValueError(f"deepspeed: {spec} sets no zero_optimization with a stage of 0 to 3; see train/deepspeed/")
+    if isinstance(spec, str) and not Path(spec).is_file():
+        raise FileNotFoundError(f"there is no DeepSpeed file {spec}; set deepspeed: null to go without")
+    try:
+        settings = json.loads(Path(spec).read_text()) if isinstance(spec, str) else spec
+        stage = settings["zero_optimization"]["stage"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"deepspeed: {spec} sets no zero_optimization with a stage: {error!r}") from error
     if find_spec("deepspeed") is None:
         raise ImportError("deepspeed needs the package of that name; run `pip install 'hico[deepspeed]'`")
     return stage
-
-
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no DeepSpeed file {path}; set deepspeed: null to go without")
-    try:
-        return json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the DeepSpeed file {path} is not JSON: {error}") from error

@@ -13,16 +13,8 @@ from hico.data.survey import MODALITIES
 from hico.encoders.base import FrameEncoder
 from hico.llm_dropout.schedule import DropSchedule
 
-PEAK_TFLOPS = {
-    "B200": 2250,
-    "GH200": 989,
-    "H200": 989,
-    "H100": 989,
-    "H800": 989,
-    "A100": 312,
-    "A800": 312,
-    "L40S": 362,
-}
+PEAK_TFLOPS = {"B200": 2250, **dict.fromkeys(("GH200", "H200", "H100", "H800"), 989)}
+PEAK_TFLOPS |= {"A100": 312, "A800": 312, "L40S": 362}
 """Dense bf16 peak by a word of the device's name, from the vendor's data sheets."""
 
 
