@@ -22,6 +22,8 @@ RANGES = {
 }
 """How a range is called in `hico.data.fields` -> the keys of recipes that must lie in it."""
 
+_IDLE = (None, False, "no")
+
 
 @dataclass(kw_only=True)
 class Recipe(RowSettings):
@@ -107,55 +109,39 @@ class Recipe(RowSettings):
                 if word not in known:
                     raise ValueError(f"{key} names {word!r}{nearest_hint(word, known)}")
         frozen = sorted(set(self.part_learning_rates) - set(self.trainable))
-        watched = [key for key in ("eval_strategy", "load_best_model_at_end") if self.arguments.get(key)]
-        for contradiction, message in (
+        watched = [key for key in ("eval_strategy", "load_best_model_at_end") if self.arguments.get(key) not in _IDLE]
+        adapters, low, high, budget = (
+            self.lora is not None,
+            self.min_frames,
+            self.max_frames,
+            self.max_tokens_per_batch,
+        )
+        tracks, drops = self.objective == "tracks", self.drop_schedule not in (None, "none")
+        for is_wrong, message in (
             (
-                self.objective == "tracks" and (self.trainable != ["encoder"] or self.evaluates),
-                "objective 'tracks' trains the encoder alone, without evaluation; set trainable: [encoder] and leave "
-                "out eval_fraction and eval_data",
+                tracks and self.trainable != ["encoder"],
+                "objective tracks trains the encoder alone: trainable: [encoder]",
             ),
+            (tracks and self.evaluates, "objective tracks has no evaluation; leave out eval_fraction and eval_data"),
             (frozen, f"part_learning_rates names {frozen}, which `trainable` freezes"),
+            (adapters and "llm" in self.trainable, "lora trains adapters, not the LLM; take 'llm' out of `trainable`"),
+            (self.quantization and not adapters, "quantization is for an LLM that only adapters change; set lora"),
+            (not 1 <= low <= high, f"min_frames {low} and max_frames {high} contradict each other"),
+            (not 0 <= self.eval_fraction < 1, f"eval_fraction is {self.eval_fraction}; use [0, 1)"),
+            (self.eval_fraction and self.eval_data, "eval_fraction and eval_data exclude each other; give one"),
+            (watched and not self.evaluates, f"nothing is held out for {watched}; set eval_fraction or eval_data"),
+            (self.packing and not budget, "packing fills sequences up to a token budget; set max_tokens_per_batch"),
+            (self.packing and drops, "packing cannot be combined with drop_schedule, which moves the rows' borders"),
             (
-                self.lora is not None and "llm" in self.trainable,
-                "lora trains adapters in place of the LLM; take 'llm' out of `trainable`",
+                budget and budget < self.max_length,
+                f"max_tokens_per_batch {budget} is below max_length {self.max_length}",
             ),
             (
-                self.quantization is not None and self.lora is None,
-                "quantization is for an LLM that only adapters change; set lora",
-            ),
-            (
-                not 1 <= self.min_frames <= self.max_frames,
-                f"min_frames {self.min_frames} and max_frames {self.max_frames} contradict each other; "
-                "use 1 <= min_frames <= max_frames",
-            ),
-            (
-                not 0 <= self.eval_fraction < 1 or (self.eval_fraction and self.eval_data),
-                f"eval_fraction is {self.eval_fraction}; use [0, 1), and 0 beside eval_data",
-            ),
-            (
-                not self.evaluates and [key for key in watched if self.arguments[key] != "no"],
-                f"nothing is held out for {', '.join(watched)}; set eval_fraction or eval_data",
-            ),
-            (
-                self.packing and self.max_tokens_per_batch is None,
-                "packing fills sequences up to a token budget; set max_tokens_per_batch",
-            ),
-            (
-                self.packing and self.drop_schedule not in (None, "none"),
-                "packing cannot be combined with drop_schedule: dropped tokens move the rows' borders",
-            ),
-            (
-                self.max_tokens_per_batch is not None and self.max_tokens_per_batch < self.max_length,
-                f"max_tokens_per_batch {self.max_tokens_per_batch} is below max_length {self.max_length}; "
-                "a batch must hold the longest row",
-            ),
-            (
-                self.max_tokens_per_batch is not None and self.global_batch_size is not None,
-                "global_batch_size counts rows, max_tokens_per_batch varies them; "
-                "set `global_batch_size: null` and gradient_accumulation_steps",
+                budget and self.global_batch_size,
+                "global_batch_size counts rows, max_tokens_per_batch varies them; set global_batch_size: null",
             ),
         ):
-            if contradiction:
+            if is_wrong:
                 raise ValueError(message)
 
     def gradient_accumulation(self, world_size: int) -> int:

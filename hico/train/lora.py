@@ -10,7 +10,7 @@ from torch import nn
 
 from hico.adapters import ADAPTER_CONFIG, load_peft
 from hico.configuration_hico import HicoConfig
-from hico.data.fields import check_keys, check_ranges, check_types
+from hico.data.fields import check_keys, check_types
 from hico.modeling_hico import HicoForConditionalGeneration
 from hico.processing_hico import HicoProcessor
 
@@ -53,13 +53,12 @@ def lora_config(settings: Mapping[str, Any]):
 
     Raises:
         ImportError: if peft is not installed.
-        ValueError: if a setting is unknown to peft, of another type, out of range, or not for recipes to decide.
+        ValueError: if a setting is unknown to peft, of another type, or not for recipes to decide.
     """
     kind = load_peft().LoraConfig
     try:
         check_keys(settings, [known.name for known in fields(kind)], what="peft.LoraConfig")
         check_types(settings, kind)
-        check_ranges(settings, {"at least 1": ["r"], "from 0 to 1": ["lora_dropout"]})
         if "modules_to_save" in settings:
             raise ValueError("modules_to_save follows from trainable; name the parts there")
         return kind(**settings)
@@ -67,35 +66,17 @@ def lora_config(settings: Mapping[str, Any]):
         raise ValueError(f"lora: {error}") from error
 
 
-def load_model(
-    folder: str | Path, *, config: HicoConfig | None = None, dtype: torch.dtype = torch.float32, **options: Any
-) -> HicoForConditionalGeneration:
-    """Load a model to train; adapters are merged into the model that they were trained on.
-
-    Args:
-        folder: a checkpoint, or what a stage with ``lora`` made, which names the model below; that may have been made
-            the same way.
-        config: to load it with; its own if omitted.
-        dtype: of the result.
-        options: of `HicoForConditionalGeneration.from_pretrained`.
-
-    Returns:
-        The model; adapters that are put on it will name ``folder`` as theirs.
+def load_model(folder: str | Path, **options: Any) -> HicoForConditionalGeneration:
+    """Load a model to train, in float32; adapters become part of it, and new ones will name ``folder`` as theirs.
 
     Raises:
-        ImportError: if there are adapters, and peft is not installed.
-        FileNotFoundError: if the model that the adapters belong to is gone.
+        ImportError, FileNotFoundError: if there are adapters, and peft or the model that they belong to is missing.
         ValueError: if weights are of other sizes than the configuration asks for, or adapters cannot be merged.
     """
-    if config is not None:
-        options["config"] = config
     try:
-        model = HicoForConditionalGeneration.from_pretrained(folder, dtype=dtype, **options)
+        model = HicoForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, **options)
     except RuntimeError as error:
-        raise ValueError(
-            f"the weights in {folder} are of other sizes than its configuration with the recipe's changes "
-            f"(image_size, model_config) asks for: {error}"
-        ) from error
+        raise ValueError(f"the weights in {folder} are of other sizes than the recipe asks for: {error}") from error
     model.name_or_path = str(Path(folder).resolve())
     return model
 

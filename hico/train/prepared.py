@@ -147,10 +147,9 @@ def load_config(recipe: Recipe, start: HicoConfig | None = None) -> tuple[HicoCo
     """
     folder = Path(recipe.model)
     if not (folder / "config.json").is_file():
-        what = "holds no config.json" if folder.is_dir() else "does not exist"
         raise FileNotFoundError(
-            f"stage {recipe.name!r} starts from {folder}, which {what}; "
-            "finish the stage before, or name another checkpoint with --model"
+            f"stage {recipe.name!r} starts from {folder}, which does not exist or holds no config.json; finish the "
+            "stage before, or name another checkpoint with --model"
         )
     source = Source.at(folder)
     if source.kind != HICO and not source.is_published:
@@ -159,10 +158,9 @@ def load_config(recipe: Recipe, start: HicoConfig | None = None) -> tuple[HicoCo
             f"whole model; make one with `hico convert {folder} OUTPUT --encoder FILE`"
         )
     try:
-        config, processor = HicoConfig.from_pretrained(folder), HicoProcessor.from_pretrained(folder)
+        config, processor = start or HicoConfig.from_pretrained(folder), HicoProcessor.from_pretrained(folder)
     except (TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"configuration or processor in {folder} is damaged or missing: {error}") from error
-    config = start or config
     # Of the two sizes that a recipe can give, the one in model_config has the last word.
     size = {} if recipe.image_size is None else {"encoder": {"image_size": recipe.image_size}}
     try:

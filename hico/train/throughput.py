@@ -35,15 +35,9 @@ class TokenLoss:
     def __call__(
         self, logits: Tensor, labels: Any, vocab_size: int, *, shift_labels: Tensor, num_items_in_batch=None, **kwargs
     ) -> Tensor:
-        """Return the sum over tokens, divided by ``num_items_in_batch`` or else by their number.
+        """Return the sum over the tokens ``shift_labels`` ``(n,)``, divided by ``num_items_in_batch`` or their number.
 
-        Args:
-            logits: ``(n, vocabulary)`` of the positions that are learned.
-            labels: not used; they are shifted already.
-            vocab_size: not used.
-            shift_labels: ``(n,)`` the tokens to predict.
-            num_items_in_batch: learned tokens of the optimizer step over all devices.
-            kwargs: not used.
+        ``logits`` are ``(n, vocabulary)``; the other arguments are those of transformers and not used.
         """
         losses = nn.functional.cross_entropy(logits.float(), shift_labels, reduction="none")
         self._losses.append(losses.detach())

@@ -29,20 +29,16 @@ class HicoTrainer(StageTrainer):
     """Train one stage.
 
     What differs from `transformers.Trainer`: the order of batches and every random choice in the data follow from
-    the seed, so that a resumed run goes on with the very next row; parts have learning rates of their own;
-    checkpoints are complete or absent and say what they were trained on; rows that cannot be read are counted;
-    evaluation weighs every learned token alike.
+    the seed, so that a resumed run goes on with the very next row; parts have learning rates of their own; rows that
+    cannot be read are counted; evaluation weighs every learned token alike.
 
     Args:
         model: `HicoForConditionalGeneration`, frozen by `hico.train.parts.freeze`, or its peft wrapper.
         args: training arguments.
         recipe: of the stage.
-        dataset: training rows.
-        sampler: this device's batches of them.
-        eval_dataset: rows to evaluate on, if any.
-        eval_sampler: this device's batches of those.
-        flops: counts operations, for the utilisation.
-        peak_tflops: of one device; no utilisation if omitted.
+        dataset, sampler: training rows, and this device's batches of them.
+        eval_dataset, eval_sampler: the same to evaluate on, if any.
+        flops, peak_tflops: operations of a batch, and the most a device can do in a second, for the utilisation.
         options: of `StageTrainer`.
     """
 
