@@ -11,7 +11,7 @@ from hico.modeling_hico import HicoForConditionalGeneration
 from hico.train.checks import zero_stage
 from hico.train.config import Recipe
 from hico.train.lora import add_lora
-from hico.train.parts import count_parameters, freeze, part_of
+from hico.train.parts import count_parameters, freeze
 from hico.train.prepared import Prepared
 
 
@@ -24,7 +24,7 @@ def dry_run(recipe: Recipe, prepared: Prepared, *, world_size: int) -> str:
         world_size: devices to plan for.
 
     Returns:
-        Text: trainable parameters per part, parameter groups, rows per dataset, tokens per step, steps, memory.
+        Text: resolution, parameters and learning rates of parts, rows per dataset, tokens per step, steps, memory.
 
     Raises:
         ValueError: if no part learns, adapters find no place, or the batch does not divide.
@@ -43,19 +43,13 @@ def dry_run(recipe: Recipe, prepared: Prepared, *, world_size: int) -> str:
         f"stage {recipe.name}: {recipe.model} -> {recipe.output_dir}",
         f"sees {frames} frames of {size} x {size} pixels ({whose})",
         "",
-        "part           trainable          total",
+        "part           trainable          total  learning rate",
     ]
+    rate = recipe.arguments.get("learning_rate", 5e-5)
     for part, (learned, total) in parameters.items():
-        note = "  (adapters only)" if part == "llm" and recipe.lora is not None else ""
+        note = f"  {recipe.part_learning_rates.get(part, rate):g}" if learned else ""
+        note += " (adapters only)" if part == "llm" and recipe.lora is not None else ""
         lines.append(f"{part:<10} {learned:>13,} {total:>14,}{note}")
-    lines += ["", "parameter groups"]
-    rates = {
-        **dict.fromkeys(recipe.trainable, recipe.arguments.get("learning_rate", 5e-5)),
-        **recipe.part_learning_rates,
-    }
-    for part, rate in rates.items():
-        count = sum(1 for name, parameter in model.named_parameters() if part_of(name) == part)
-        lines.append(f"{part:<10} lr {rate:g}, {count} tensors" + ("" if count else " (the part has no weights)"))
     lines += ["", "dataset                            rows        taken  strategy"]
     for dataset, taken in zip(prepared.mixture.datasets, prepared.mixture.taken, strict=True):
         lines.append(f"{dataset.name:<28} {len(dataset):>10,} {len(taken):>12,}  {dataset.spec.sampling_strategy}")
@@ -87,6 +81,10 @@ def _memory(recipe: Recipe, prepared: Prepared, model: HicoForConditionalGenerat
     if recipe.lora is not None:
         learned -= parameters["llm"][0]
     half = zero is not None and recipe.arguments.get("bf16", False)
+    frozen = 2 if half or recipe.frozen_dtype not in (None, "float32") else 4
+    weights = learned * (2 if half else 4) + (total - learned) * frozen
+    if recipe.quantization is not None:
+        weights += parameters["llm"][1] * ((0.5 if recipe.quantization.get("load_in_4bit") else 1) - frozen)
     share = {stage: world_size if (zero or 0) >= stage else 1 for stage in (1, 2, 3)}
     element = 2 if recipe.arguments.get("bf16") or recipe.arguments.get("fp16") else 4
     vision, encoder, llm = prepared.config.vision, model.model.encoder, prepared.config.text_config
@@ -102,7 +100,7 @@ def _memory(recipe: Recipe, prepared: Prepared, model: HicoForConditionalGenerat
         return count * width * kept * element
 
     sizes = {
-        "weights": total * (2 if half else 4) / share[3],
+        "weights": weights / share[3],
         "gradients": learned * (2 if half else 4) / share[2],
         "optimizer": learned * (12 if half else 8) / share[1],
         "LLM activations": activations(tokens, llm.hidden_size, llm.num_hidden_layers),
