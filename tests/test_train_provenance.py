@@ -1,5 +1,6 @@
 """A stage is held against what it was made from: real changes are seen, and nothing else."""
 
+import json
 import os
 import re
 import shutil
@@ -79,13 +80,21 @@ def test_changed_rows_in_an_unchanged_mixture_are_noticed(folder, caplog):
     rows = (folder / "rows.json").read_text()
     (folder / "rows.json").write_text(rows.replace("number 5", "number 6"))
     with pytest.raises(
-        ValueError, match=r"is finished, but the rows of rows have changed since; remove .* or give --overwrite"
+        ValueError, match=r"is finished, but its rows have changed since; remove .* or give --overwrite"
     ):
         run.run_stage(recipe)
     before = read_manifest(final)["id"]
     assert read_manifest(run.run_stage(recipe, overwrite=True))["id"] != before
     (folder / "rows.json").unlink()
     assert run.run_stage(recipe) == final
+
+
+def test_a_finished_stage_is_left_alone_though_rows_of_its_files_were_malformed(folder):
+    rows = json.loads((folder / "rows.json").read_text())
+    (folder / "some.json").write_text(json.dumps([*rows, {"conversations": 3}]))
+    data = [{"json_path": str(folder / "some.json"), "data_root": str(folder)}]
+    recipe = make(folder, data=data, on_bad_sample="skip", max_steps=1)
+    assert run.run_stage(recipe) == run.run_stage(recipe)
 
 
 # More steps, other rates ---------------------------------------------------------------------------------------------

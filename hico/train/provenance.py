@@ -11,7 +11,9 @@ import numpy as np
 from transformers import TrainingArguments
 
 from hico.data.batching import BatchSampler
-from hico.data.mixture import Mixture, read_mixture
+from hico.data.mixture import Mixture
+from hico.data.spec import expand_path, read_specs
+from hico.data.tables import open_rows
 from hico.data.yaml_files import read_yaml
 from hico.train import checkpoint
 from hico.train.config import Recipe
@@ -58,12 +60,13 @@ def changes_since_end(final: Path, recipe: Recipe) -> dict[str, str]:
     if Path(recipe.model).is_dir() and before.get("started_from", identity) != identity:
         changed["started_from"] = f"{recipe.model} was trained again since"
     try:
-        now = read_mixture(recipe.data, seed=recipe.seed, check_files=False).manifest()
+        specs = read_specs(recipe.data)
+        now = [[open_rows(path).sha256 for path in expand_path(spec.json_path)] for spec in specs]
     except FileNotFoundError:  # what is finished needs its data no more
         return changed
-    for old, new in zip(before.get("datasets", []), now["datasets"], strict=False):
-        if [file["sha256"] for file in old["files"]] != [file["sha256"] for file in new["files"]]:
-            changed["datasets"] = f"the rows of {new['name']} have changed since"
+    then = [[file["sha256"] for file in dataset["files"]] for dataset in before.get("datasets", [])]
+    if then and now != then:
+        changed["datasets"] = "its rows have changed since"
     return changed
 
 
