@@ -86,6 +86,34 @@ def cache_argument(cache: Cache | None, past_key_values: Cache | None) -> dict[s
     return {} if given is None else {CACHE_NAME: given}
 
 
+def require(owner: type, *names: str) -> None:
+    """Check that a class still has the methods that we override: without one, ours would never be called.
+
+    Raises:
+        RuntimeError: naming the class, the methods and the version.
+    """
+    missing = [name for name in names if not hasattr(owner, name)]
+    if missing:
+        raise RuntimeError(
+            f"{owner.__name__} of transformers {transformers.__version__} has no {', '.join(missing)}, "
+            "which hico overrides; install a version that docs/versions.md names"
+        )
+
+
+def save_under_own_names(model: nn.Module) -> None:
+    """Make ``save_pretrained`` write a model's own names, where transformers 5 writes those that it was loaded from.
+
+    Raises:
+        RuntimeError: if transformers keeps the names elsewhere, and would write them without a word.
+    """
+    if not hasattr(model, "_weight_conversions"):
+        raise RuntimeError(
+            f"transformers {transformers.__version__} does not keep the loaded names in _weight_conversions; "
+            "install a version that docs/versions.md names"
+        )
+    model._weight_conversions = None
+
+
 def replace_loss_function(model: nn.Module, function: Callable) -> Callable[[], None]:
     """Let a causal LM compute its loss by another function; return what undoes it."""
     before = dict(vars(model))

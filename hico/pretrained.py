@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 
 from hico.adapters import ADAPTER_CONFIG, folder_below, merge_adapters
+from hico.compat import save_under_own_names
 from hico.configuration_hico import HicoConfig
 from hico.published import KEY_MAPPING, to_hico_on_load
 from hico.shards import WEIGHT_FILES, check_shards
@@ -84,7 +85,7 @@ class HicoPreTrainedModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path}: these are not the weights of this {cls.__name__} ({found}); "
                 "check that the config belongs to the weights, or pass strict=False to go on all the same"
             )
-        model._weight_conversions = None  # otherwise transformers 5 saves under the names that were loaded
+        save_under_own_names(model)
         return (model, info) if wants_info else model
 
     @classmethod

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from hico.compat import require
 from hico.train import checkpoint
 from hico.train.safeguards import BadRows, StopOnSignal, workers_end_with_training
 
@@ -33,6 +34,8 @@ class _Follow(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.note_rates()
+
+require(Trainer, "_get_output_dir", "_load_best_model", "_determine_best_metric", "_save_checkpoint", "_save")
 
 
 class StageTrainer(Trainer):
