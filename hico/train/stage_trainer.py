@@ -35,6 +35,7 @@ class _Follow(TrainerCallback):
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.note_rates()
 
+
 require(Trainer, "_get_output_dir", "_load_best_model", "_determine_best_metric", "_save_checkpoint", "_save")
 
 
