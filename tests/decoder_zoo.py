@@ -1,4 +1,7 @@
-"""Every causal LM class of the installed transformers, tiny; and dropping tokens written as attention masks."""
+"""Every causal LM class of the installed transformers, tiny; and dropping tokens written as attention masks.
+
+``python tests/decoder_zoo.py > docs/decoders.md`` writes the page of what is dropped rightly and what is refused.
+"""
 
 import inspect
 import warnings
@@ -6,6 +9,9 @@ import warnings
 import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hico.compat import UnsupportedDecoder
+from hico.llm_dropout import patch
 
 NUM_LAYERS = 4
 WINDOW = 9
@@ -160,3 +166,71 @@ def quietly(function, *args, **kwargs):
             return function(*args, **kwargs)
     finally:
         transformers.logging.set_verbosity(level)
+
+
+PAGE = """# Decoders
+
+What progressive visual dropout does with every causal LM class of transformers {version}, written by
+`python tests/decoder_zoo.py > docs/decoders.md`. A class is built tiny, with its own mix of types of layers; the tests then
+hold its scores against its own eager attention, its logits against a slow restatement, batches against rows, and cached
+decoding against one call (`tests/test_llm_dropout_zoo.py`). What is refused is refused with an error that says why, by
+`patch` or by the first call that would drop.
+
+## Dropped by any policy ({num_right})
+{right}
+
+## Refused ({num_refused})
+| reason | classes |
+|---|---|
+{refused}
+
+## Not tried ({num_untried})
+Built of several models, or not to be had with a few thousand weights: {untried}.
+"""
+
+
+def verdict(name: str) -> str | None:
+    """Say why a class is refused; None if it is not.
+
+    Raises:
+        Exception: of any kind, if it cannot be built tiny.
+    """
+    model = build_tiny(name)
+    embeds = torch.randn(1, 12, model.get_input_embeddings().weight.shape[1])
+    visual_mask = torch.zeros(1, 12, dtype=torch.long)
+    visual_mask[:, 2:9] = 1
+    try:
+        with torch.no_grad(), patch(model, "attention@1:0.5"):
+            model(inputs_embeds=embeds, visual_mask=visual_mask, use_cache=False)
+    except UnsupportedDecoder as refusal:
+        return str(refusal).partition(f"transformers {transformers.__version__} ")[2].partition(";")[0]
+    return None
+
+
+def write_page() -> str:
+    """Write the page about the installed transformers."""
+    right, refused, untried = [], {}, []
+    for name in causal_lms():
+        try:
+            reason = quietly(verdict, name)
+        except Exception:
+            untried.append(name)
+            continue
+        if reason is None:
+            right.append(name)
+        else:
+            refused.setdefault(reason, []).append(name)
+    rows = sorted(refused.items(), key=lambda row: (-len(row[1]), row[0]))
+    return PAGE.format(
+        version=transformers.__version__,
+        num_right=len(right),
+        right=", ".join(right),
+        num_refused=sum(map(len, refused.values())),
+        refused="\n".join(f"| {reason} | {', '.join(names)} |" for reason, names in rows),
+        num_untried=len(untried),
+        untried=", ".join(untried),
+    )
+
+
+if __name__ == "__main__":
+    print(write_page(), end="")

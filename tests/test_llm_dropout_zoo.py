@@ -1,10 +1,12 @@
 """Laws of progressive visual dropout on every causal LM class of the installed transformers, or a clear refusal."""
 
 import contextlib
+from pathlib import Path
 
 import pytest
 import torch
-from decoder_zoo import build_tiny, causal_lms, masked, quietly
+import transformers
+from decoder_zoo import build_tiny, causal_lms, masked, quietly, write_page
 
 from hico.compat import UnsupportedDecoder
 from hico.llm_dropout import patch
@@ -38,6 +40,13 @@ def test_every_causal_lm_drops_rightly_or_is_refused(name):
         pytest.skip(f"cannot be built tiny: {type(error).__name__}: {str(error)[:80]}")
     with contextlib.suppress(UnsupportedDecoder):
         quietly(check_laws, model)
+
+
+def test_the_page_about_decoders_is_true():
+    page = (Path(__file__).parents[1] / "docs" / "decoders.md").read_text()
+    if f"of transformers {transformers.__version__}," not in page:
+        pytest.skip("the page is about another version of transformers")
+    assert page == write_page()
 
 
 def check_laws(model):
