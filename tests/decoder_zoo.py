@@ -171,10 +171,10 @@ def quietly(function, *args, **kwargs):
 PAGE = """# Decoders
 
 What progressive visual dropout does with every causal LM class of transformers {version}, written by
-`python tests/decoder_zoo.py > docs/decoders.md`. A class is built tiny, with its own mix of types of layers; the tests then
-hold its scores against its own eager attention, its logits against a slow restatement, batches against rows, and cached
-decoding against one call (`tests/test_llm_dropout_zoo.py`). What is refused is refused with an error that says why, by
-`patch` or by the first call that would drop.
+`python tests/decoder_zoo.py > docs/decoders.md`. A class is built tiny, with its own mix of types of layers;
+`tests/test_llm_dropout_zoo.py` then holds its scores against its own eager attention, its logits against a slow
+restatement, batches against rows, and cached decoding against one call. What is refused is refused with an error that
+says why, by `patch` or by the first call that would drop.
 
 ## Dropped by any policy ({num_right})
 {right}
