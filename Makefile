@@ -23,7 +23,7 @@ STAMP := $(VENV)/.installed
 setup: $(STAMP)
 $(STAMP): setup.py constraints-cpu.txt
 	@echo "== setting up $(VENV) (about a minute and 1.4 GB the first time)"
-	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "hico needs Python 3.11 or 3.12, this is " + sys.version'
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "hico needs Python 3.10 or newer, this is " + sys.version'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
 		{ test "$$(id -u)" = 0 && echo "== installing python3-venv" && apt-get update -qq && \
 		apt-get install -qq -y python3-venv && $(PYTHON) -m venv $(VENV); } || \

@@ -47,7 +47,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.11,<3.13",
+    python_requires=">=3.10,<3.14",
     packages=find_packages(include=["hico", "hico.*"]),
     package_data={"hico.train": ["stages.yaml"]},
     install_requires=CORE,
