@@ -56,7 +56,8 @@ def test_a_stopped_stage_with_added_tokens_goes_on(folder, more_tokens):
 
 
 def test_added_tokens_that_would_not_learn_are_an_error(folder, more_tokens):
-    recipe = make(folder, **more_tokens, trainable=["projector"])
+    seen = {"json_path": str(folder / "rows.json"), "data_root": str(folder)}
+    recipe = make(folder, model=more_tokens["model"], data=[*more_tokens["data"], seen], trainable=["projector"])
     with pytest.raises(ValueError, match="tokens that the LLM does not, and `trainable` leaves it out"):
         run.run_stage(recipe)
 
