@@ -15,9 +15,9 @@ def test_runs_cover_the_wanted_frames_in_order(wanted, starts, num_threads):
     runs = plan_runs(wanted, starts, num_threads=num_threads)
     assert [here for run in runs for here in range(run.first, run.last)] == list(range(len(wanted)))
     for run in runs:
-        start = starts[run.keyframe]
+        start = starts[run.start]
         assert start <= wanted[run.first]
-        assert run.keyframe + 1 == len(starts) or starts[run.keyframe + 1] > wanted[run.first]
+        assert run.start + 1 == len(starts) or starts[run.start + 1] > wanted[run.first]
 
 
 @given(FRAME_SETS, STARTS)
@@ -26,9 +26,9 @@ def test_one_thread_decodes_least(wanted, starts):
     runs = plan_runs(wanted, starts)
 
     def cost(runs):
-        return sum(wanted[run.last - 1] - starts[run.keyframe] + 1 + SEEK_COST for run in runs)
+        return sum(wanted[run.last - 1] - starts[run.start] + 1 + SEEK_COST for run in runs)
 
-    one_pass = wanted[-1] - starts[runs[0].keyframe] + 1 + SEEK_COST
+    one_pass = wanted[-1] - starts[runs[0].start] + 1 + SEEK_COST
     assert cost(runs) <= one_pass
 
 

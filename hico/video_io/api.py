@@ -46,17 +46,18 @@ class Video:
         return self.info.name
 
 
-def probe(source: VideoSource, *, folder_fps: float = 1.0) -> VideoInfo:
+def probe(source: VideoSource, *, folder_fps: float = 1.0, timeout: float = 30.0) -> VideoInfo:
     """Return the facts about a video; only its first frame is decoded.
 
     Args:
         source: path, URL, folder of images, bytes or binary file object.
         folder_fps: images per second of a folder.
+        timeout: seconds that the server of a URL may take to answer.
 
     Raises:
         VideoError: if it cannot be read.
     """
-    return index_of(as_source(source), folder_fps).info
+    return index_of(as_source(source, timeout=timeout), folder_fps).info
 
 
 def read_video(source: VideoSource, **settings: object) -> Video:

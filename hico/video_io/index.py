@@ -1,27 +1,38 @@
-"""The table of contents of a video: when each frame is shown and where decoding can start.
+"""The table of contents of a video: when each frame is shown, which packet holds it, where decoding can start.
 
-It is read from the packets without decoding (0.03 s for a minute of 720p), and it is the same for every reader, so
-frame numbers and timestamps never depend on the decoder.
+It is made from the packets without decoding, and is the same for every reader. Frames are known by the number of their
+packet, never by a stamp: stamps may be shared, start anew, and differ after a seek.
 """
 
-from array import array
+import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 
 import av
 import av.error
+import av.stream
 import numpy as np
+from av.stream import Disposition
 
-from hico.video_io.source import Source, VideoError
+from hico.video_io.bitstream import TELLS_TYPES
+from hico.video_io.clock import Start, Timeline, arrange
+from hico.video_io.mp4 import Boxes, claimed_samples, list_samples, read_tables
+from hico.video_io.packets import NO_TIME, Packets, list_packets, short_name
+from hico.video_io.source import Source, VideoError, refuse_large
+from hico.video_io.wholeness import is_cut_off
 
 RATE_TOLERANCE = 0.05
 """A declared frame rate is believed if the timestamps agree with it to this ratio; otherwise they are counted."""
 
-NO_TIME = -(2**63)
-"""FFmpeg's mark for a timestamp that is not known."""
+TURNS = {(False, False): 0, (False, True): 180, (True, False): 90, (True, True): 270}
+"""Degrees counter-clockwise by whether rows become columns, and whether the columns are then reversed."""
 
-BROKEN_OFF = (av.error.FFmpegError, IndexError)
-"""What demuxing raises where a file breaks off; IndexError where damage looks to FFmpeg like one more stream."""
+STRAY = frozenset({"asf"})
+"""Containers after a seek in which FFmpeg's packets have other stamps, and no places to know them by."""
+
+MANY_SAMPLES = 1_000_000
+"""Samples from which on an mp4 must have a byte for each."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,7 @@ class VideoInfo:
         height: pixels, as displayed.
         rotation: degrees counter-clockwise that the stored picture is turned for display: 0, 90, 180 or 270.
         codec: FFmpeg's name of the codec; ``images`` for a folder.
+        is_mirrored: whether the picture is mirrored left to right after it is turned.
     """
 
     name: str
@@ -47,15 +59,7 @@ class VideoInfo:
     height: int
     rotation: int
     codec: str
-
-
-@dataclass(frozen=True)
-class Keyframe:
-    """A packet that needs no other: its timestamps, and the first frame, in display order, that it leads to."""
-
-    position: int
-    pts: int | None
-    dts: int | None
+    is_mirrored: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,45 +68,30 @@ class VideoIndex:
 
     Args:
         info: the facts for users.
-        start: seconds of the first frame on the container's own clock.
-        tick: seconds per unit of ``pts``.
         seconds: ``(F,)`` float64, when each frame appears; the first one at 0.
-        pts: ``(F,)`` int64 presentation timestamps; the frame's number where the file has none (``timed`` is False).
-        keyframes: where decoding can start, in display order; the first one leads to frame 0.
-        timed: False for a file whose packets carry no usable timestamps; it is decoded in sequence and counted.
-        is_broadcast: whether the container is an MPEG transport or program stream, which has no index to seek by.
+        starts: where decoding can start, in display order; the first one leads to frame 0.
+        start: seconds of the first frame on the container's own clock.
+        packets: the packets of the stream; None for a folder.
+        timeline: their order; None for a folder.
         has_leading: whether frames come after a keyframe in the file and are shown before it (open GOPs).
-        num_missing: frames that the header promises and the file does not hold.
+        notes: what is wrong with the file and was mended, each to be said once.
     """
 
     info: VideoInfo
-    start: float
-    tick: float
     seconds: np.ndarray
-    pts: np.ndarray
-    keyframes: tuple[Keyframe, ...]
-    timed: bool = True
-    is_broadcast: bool = False
+    starts: tuple[Start, ...]
+    start: float = 0.0
+    packets: Packets | None = None
+    timeline: Timeline | None = None
     has_leading: bool = False
-    num_missing: int = 0
+    notes: tuple[str, ...] = ()
 
-    def seconds_of(self, pts: int) -> float:
-        """Return when the frame with a timestamp appears."""
-        return (pts - int(self.pts[0])) * self.tick
-
-
-@dataclass(frozen=True)
-class _Packets:
-    """All packets in the order of the file, as columns; ``NO_TIME`` where a timestamp is not given."""
-
-    pts: np.ndarray
-    dts: np.ndarray
-    duration: np.ndarray
-    is_keyframe: np.ndarray
-    is_hidden: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.pts)
+    @property
+    def can_seek(self) -> bool:
+        """Whether a seek can be trusted to lead where it should; otherwise packets are read from the beginning."""
+        stamps = self.packets.seek_stamps[self.packets.is_key]
+        is_sound = self.packets.container not in STRAY and bool((np.diff(stamps) > 0).all())
+        return self.packets.is_by_bytes or is_sound
 
 
 def best_video_stream(container: av.container.InputContainer, source: Source) -> av.VideoStream:
@@ -112,8 +101,12 @@ def best_video_stream(container: av.container.InputContainer, source: Source) ->
         VideoError: if there is none, or it is in an unknown format.
     """
     stream = container.streams.best("video")
+    if stream is not None and stream.disposition & Disposition.attached_pic:
+        stream = next(
+            (each for each in container.streams.video if not each.disposition & Disposition.attached_pic), None
+        )
     if stream is None:
-        kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]
+        kinds = sorted({_kind(stream) for stream in container.streams}) or ["nothing"]
         raise VideoError(f"{source.name}: has no video stream, only {', '.join(kinds)}; give a file with pictures")
     if stream.codec_context is None:
         raise VideoError(
@@ -123,55 +116,89 @@ def best_video_stream(container: av.container.InputContainer, source: Source) ->
     return stream
 
 
+def _kind(stream: av.stream.Stream) -> str:
+    return "a cover picture" if stream.type == "video" else stream.type
+
+
 def build_index(source: Source) -> VideoIndex:
     """Read the index of a video, and its first frame for the size and rotation.
 
     Raises:
         VideoError: if nothing can be shown.
     """
-    with source.open() as container:
-        stream = best_video_stream(container, source)
-        stream.codec_context.thread_count = 1
-        packets, first = _read_packets(container, stream)
-        codec = stream.codec_context.name
-        if first is None or packets.is_hidden.all():
-            raise VideoError(
-                f"{source.name}: none of its {len(packets)} frames could be decoded; the file is damaged or its codec "
-                f"({codec}) is not supported. Fetch it again, or convert it with ffmpeg"
+    with source.local_file() or nullcontext() as file:
+        length = file.seek(0, os.SEEK_END) if file else 0
+        tables = read_tables(file, length) if file else []
+        _refuse_claims(source, tables, length)
+        with source.open() as container:
+            name = short_name(container)
+            is_short = bool(file) and is_cut_off(file, length, name)
+            stream = best_video_stream(container, source)
+            refuse_large(source.name, stream.width, stream.height)
+            stream.codec_context.thread_count = 1
+            taken: list[av.VideoFrame] = []
+
+            def take(packet: av.Packet) -> bool:
+                taken.extend(_decoded(packet)[:1])
+                return bool(taken)
+
+            def shortcut(first: Packets) -> Packets | None:
+                is_told = name == "mov" and first.codec not in TELLS_TYPES
+                return list_samples(tables, length, stream.id, first) if is_told else None
+
+            packets = list_packets(container, stream, take=take, shortcut=shortcut)
+            tick = float(stream.time_base)
+            declared = stream.average_rate or stream.guessed_rate or Fraction(25)
+            exact_rate = stream.codec_context.framerate or declared
+            timeline = arrange(packets, tick=tick, frame_ticks=float(1 / exact_rate) / tick)
+            if timeline is None or not taken:
+                raise VideoError(
+                    f"{source.name}: none of its {len(packets)} frames could be decoded; the file is damaged or "
+                    f"its codec ({packets.codec}) is not supported. Fetch it again, or convert it with ffmpeg"
+                )
+            seconds = (timeline.ticks - timeline.ticks[0]) * tick
+            return VideoIndex(
+                info=_info(source, packets, taken[0], seconds, declared, _last_duration(packets, timeline, tick)),
+                seconds=seconds,
+                starts=timeline.starts,
+                start=float(timeline.ticks[0] * tick),
+                packets=packets,
+                timeline=timeline,
+                has_leading=_has_leading(packets, timeline),
+                notes=tuple(_notes(packets, timeline, seconds, is_short=is_short)),
             )
-        # AVI stores no presentation times, and FFmpeg's guess is out of order where frames are reordered.
-        is_guess = "avi" in container.format.name and codec in {"h264", "hevc"}
-        is_broadcast = "mpeg" in container.format.name
-        timed = not is_guess and bool((packets.pts != NO_TIME).all())
-        declared = stream.average_rate or stream.guessed_rate or Fraction(25)
-        if timed:
-            times, tick = _display_times(packets, is_broadcast=is_broadcast), float(stream.time_base)
-        else:
-            times, tick = np.arange(int((~packets.is_hidden).sum())), float(1 / declared)
-        seconds = (times - times[0]) * tick
-        promised = stream.frames if "mp4" in container.format.name else 0
-        return VideoIndex(
-            info=_info(source, codec, first, seconds, declared, _last_duration(packets, seconds, tick, timed=timed)),
-            start=float(times[0] * tick) if timed else 0.0,
-            tick=tick,
-            seconds=seconds,
-            pts=times,
-            keyframes=_keyframes(packets, times) if timed else (Keyframe(0, None, None),),
-            timed=timed,
-            is_broadcast=is_broadcast,
-            has_leading=timed and _has_leading(packets),
-            num_missing=max(0, promised - len(packets)),
+
+
+def _refuse_claims(source: Source, tables: list[Boxes], length: int) -> None:
+    """Refuse an mp4 that claims more samples than it has bytes: FFmpeg makes a list of them all, 40 bytes each."""
+    most = max(map(claimed_samples, tables), default=0)
+    if most > max(length, MANY_SAMPLES):
+        raise VideoError(
+            f"{source.name}: claims {most} samples in {length} bytes; the file is damaged or made to exhaust memory. "
+            "Fetch it again"
         )
 
 
+def _decoded(packet: av.Packet) -> list[av.VideoFrame]:
+    try:
+        return packet.decode()
+    except av.error.FFmpegError:
+        return []
+
+
 def _info(
-    source: Source, codec: str, first: av.VideoFrame, seconds: np.ndarray, declared: Fraction, last_duration: float
+    source: Source,
+    packets: Packets,
+    first: av.VideoFrame,
+    seconds: np.ndarray,
+    declared: Fraction,
+    last_duration: float,
 ) -> VideoInfo:
     duration = float(seconds[-1]) + (last_duration or float(1 / declared))
     counted = len(seconds) / duration
     is_believable = abs(float(declared) - counted) <= RATE_TOLERANCE * counted
-    quarters = round(first.rotation / 90) % 4
-    width, height = (first.height, first.width) if quarters % 2 else (first.width, first.height)
+    rotation, is_mirrored = orientation(first)
+    width, height = (first.height, first.width) if rotation % 180 else (first.width, first.height)
     return VideoInfo(
         name=source.name,
         num_frames=len(seconds),
@@ -179,72 +206,63 @@ def _info(
         duration=duration,
         width=width,
         height=height,
-        rotation=quarters * 90,
-        codec=codec,
+        rotation=rotation,
+        codec=packets.codec,
+        is_mirrored=is_mirrored,
     )
 
 
-def _read_packets(
-    container: av.container.InputContainer, stream: av.VideoStream
-) -> tuple[_Packets, av.VideoFrame | None]:
-    """List the packets up to the end, or to where the file breaks off, and decode the first frame on the way."""
-    pts, dts, duration, flags, first = array("q"), array("q"), array("q"), bytearray(), None
+def orientation(frame: av.VideoFrame) -> tuple[int, bool]:
+    """Return how a frame is turned for display, by its display matrix.
+
+    Returns:
+        Degrees counter-clockwise, and whether it is mirrored left to right afterwards.
+    """
     try:
-        for packet in container.demux(stream):
-            if packet.size and not packet.is_corrupt:
-                pts.append(NO_TIME if packet.pts is None else packet.pts)
-                dts.append(NO_TIME if packet.dts is None else packet.dts)
-                duration.append(packet.duration or 0)
-                flags.append(packet.is_keyframe + 2 * packet.is_discard)
-            if first is None:
-                first = _first_frame(packet)
-    except BROKEN_OFF:
-        pass  # The header's promise tells how much is missing.
-    flags = np.frombuffer(flags, np.uint8)
-    columns = (np.frombuffer(column, np.int64) for column in (pts, dts, duration))
-    return _Packets(*columns, is_keyframe=flags % 2 == 1, is_hidden=flags >= 2), first
+        matrix = bytes(frame.side_data["DISPLAYMATRIX"])
+    except (KeyError, ValueError):  # ValueError: beside it stand data that PyAV does not know.
+        return round(frame.rotation / 90) % 4 * 90, False
+    # x' = ax + cy and y' = bx + dy; y points down.
+    a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
+    is_transposed = abs(b) + abs(c) > abs(a) + abs(d)
+    flips = (c < 0, b < 0) if is_transposed else (a < 0, d < 0)
+    is_mirrored = is_transposed == (flips[0] == flips[1])
+    return TURNS[is_transposed, flips[0] != is_mirrored], is_mirrored
 
 
-def _first_frame(packet: av.Packet) -> av.VideoFrame | None:
-    try:
-        return next(iter(packet.decode()), None)
-    except av.error.FFmpegError:
-        return None
-
-
-def _display_times(packets: _Packets, *, is_broadcast: bool) -> np.ndarray:
-    """Sort the shown packets' timestamps, without the frames before the first keyframe of a recorded broadcast."""
-    times = np.unique(packets.pts[~packets.is_hidden])
-    keyframes = packets.pts[packets.is_keyframe]
-    return times[times >= keyframes.min()] if is_broadcast and len(keyframes) else times
-
-
-def _keyframes(packets: _Packets, times: np.ndarray) -> tuple[Keyframe, ...]:
-    """Number the keyframes by the frame that they lead to; an edit list may hide the first one itself."""
-    is_start = packets.is_keyframe.copy()
-    is_start[0] = True
-    found = np.flatnonzero(is_start)
-    found = found[np.argsort(packets.pts[found], kind="stable")]
-    positions = np.searchsorted(times, packets.pts[found])
-    is_last_of_position = np.append(positions[1:] != positions[:-1], True) & (positions < len(times))
-    return tuple(
-        Keyframe(int(position), int(pts), None if dts == NO_TIME else int(dts))
-        for position, pts, dts in zip(
-            positions[is_last_of_position],
-            packets.pts[found][is_last_of_position],
-            packets.dts[found][is_last_of_position],
-            strict=True,
-        )
-    )
-
-
-def _has_leading(packets: _Packets) -> bool:
-    numbers = np.where(packets.is_keyframe, np.arange(len(packets)), -1)
-    keyframes = np.maximum.accumulate(numbers)
-    return bool(((keyframes >= 0) & (packets.pts < packets.pts[keyframes])).any())
-
-
-def _last_duration(packets: _Packets, seconds: np.ndarray, tick: float, *, timed: bool) -> float:
+def _last_duration(packets: Packets, timeline: Timeline, tick: float) -> float:
     """Return the seconds for which the last frame is shown; 0 if nothing tells."""
-    declared = packets.duration[packets.pts.argmax()] * tick if timed else 0.0
-    return float(declared or (np.median(np.diff(seconds)) if len(seconds) > 1 else 0.0))
+    declared = 0.0 if timeline.is_counted else packets.duration[timeline.places.argmax()] * tick
+    steps = np.diff(timeline.ticks)
+    return float(declared or (np.median(steps) * tick if len(steps) else 0.0))
+
+
+def _has_leading(packets: Packets, timeline: Timeline) -> bool:
+    numbers = np.where(packets.is_key, np.arange(len(packets)), -1)
+    keyframes = np.maximum.accumulate(numbers)
+    is_before = (packets.pts < packets.pts[keyframes]) & (packets.pts != NO_TIME)
+    return bool(((keyframes >= 0) & is_before & (timeline.places >= 0)).any())
+
+
+def _notes(packets: Packets, timeline: Timeline, seconds: np.ndarray, *, is_short: bool) -> list[str]:
+    notes = []
+    if packets.num_missing:
+        notes.append(
+            f"is cut off; {packets.num_missing} of {packets.num_missing + len(packets)} frames are missing at the "
+            "end, and the others are used. Fetch it again"
+        )
+    elif packets.is_cut_off or is_short:
+        notes.append(
+            f"is cut off; the {len(seconds)} frames that are there, {seconds[-1]:.2f} s, are used. Fetch it again"
+        )
+    if timeline.num_jumps:
+        notes.append(
+            f"its clock starts anew {timeline.num_jumps} times, as where files were joined; "
+            "the times of the frames go on from one part to the next"
+        )
+    if timeline.num_shared:
+        notes.append(
+            f"{timeline.num_shared} of {len(seconds)} frames have the time of the frame before; "
+            "they are spread evenly up to the next one"
+        )
+    return notes

@@ -15,6 +15,7 @@ from PIL import Image
 
 from hico.video_io.base import Reader
 from hico.video_io.index import VideoIndex
+from hico.video_io.packets import BY_BYTES, JUMPS
 from hico.video_io.source import Source, VideoError
 
 BATCH_FRAMES = 8
@@ -27,10 +28,10 @@ class _LibraryReader(Reader):
     name: str
 
     def decode(self, source, index, wanted, sink, *, resizer, num_threads, max_ahead):
-        if index.is_broadcast or not index.timed:
+        if index.packets.container in BY_BYTES | JUMPS or index.timeline.is_counted or index.notes:
             raise VideoError(
-                f"{source.name}: is a broadcast stream or has no timestamps, where {self.name} returns other frames "
-                'than asked for; use reader="pyav"'
+                f"{source.name}: is a broadcast stream, or has no sound timestamps, where {self.name} returns other "
+                'frames than asked for; use reader="pyav"'
             )
         resize = resizer()
         here = 0

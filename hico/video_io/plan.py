@@ -16,8 +16,8 @@ import torch
 from hico.preprocessing import FITS
 from hico.sampling import pad_to_clips, sample_frames
 from hico.video_io.base import READERS, Reader, Sink
-from hico.video_io.folder import FolderReader, index_folder
 from hico.video_io.index import VideoIndex, build_index
+from hico.video_io.pictures import AnimationReader, FolderReader, index_animation, index_folder, is_animation
 from hico.video_io.resize import SCALERS, ExactResizer
 from hico.video_io.runs import nearest_keyframes
 from hico.video_io.source import Source, VideoError, as_source
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 VideoSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO
 MAX_THREADS = 8
+TICKS_PER_SECOND = 1000
+"""Resolution of samples by time in a video of variable rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,7 @@ class ReadSettings:
         reader: ``pyav``, or, where installed, ``decord`` or ``torchcodec``. A folder needs none.
         num_threads: decoding threads; if omitted, as many as torch uses (1 in a DataLoader worker), at most 8.
         folder_fps: images per second of a folder.
+        timeout: seconds that the server of a URL may take to answer.
         generator: source of chance for the mode ``rand``.
     """
 
@@ -78,6 +81,7 @@ class ReadSettings:
     reader: str = "pyav"
     num_threads: int | None = None
     folder_fps: float = 1.0
+    timeout: float = 30.0
     generator: torch.Generator | None = None
 
     @classmethod
@@ -128,14 +132,9 @@ class Plan:
 
     def decode(self, sink: Sink, max_ahead: int) -> int:
         """Decode into a sink; returns the number of lost samples, after a warning if there are any."""
-        name, missing = self.source.name, self.index.num_missing
-        if missing:
-            logger.warning(
-                "%s: is cut off; %d of %d frames are missing at the end, and the others are used. Fetch it again",
-                name,
-                missing,
-                missing + self.index.info.num_frames,
-            )
+        name = self.source.name
+        for note in self.index.notes:
+            logger.warning("%s: %s", name, note)
         num_lost = self.reader.decode(
             self.source,
             self.index,
@@ -157,7 +156,9 @@ class Plan:
 
 def index_of(source: Source, folder_fps: float) -> VideoIndex:
     """Read the index of a video or a folder of images."""
-    return index_folder(source, folder_fps) if _is_folder(source) else build_index(source)
+    if _is_folder(source):
+        return index_folder(source, folder_fps)
+    return index_animation(source) if is_animation(source) else build_index(source)
 
 
 def make_plan(source: VideoSource, settings: ReadSettings) -> Plan:
@@ -167,25 +168,15 @@ def make_plan(source: VideoSource, settings: ReadSettings) -> Plan:
         VideoError: if it cannot be read, or nothing is left between start and end.
         ValueError: if a setting is unknown, contradictory or without effect.
     """
-    source = as_source(source)
-    reader = FolderReader if _is_folder(source) else READERS.get(settings.reader)
+    source = as_source(source, timeout=settings.timeout)
+    reader = READERS.get(settings.reader)
+    if _is_folder(source) or is_animation(source):
+        reader = FolderReader if _is_folder(source) else AnimationReader
     scaler = SCALERS.get(settings.scaler)
     _check_part(source, settings.start, settings.end)
     index = index_of(source, settings.folder_fps)
-    first, last, start, duration = _part(source, index, settings.start, _end(settings, index))
-    sampled = sample_frames(
-        last - first,
-        index.info.fps,
-        mode=settings.mode,
-        num_frames=settings.num_frames,
-        rate=settings.fps,
-        min_frames=settings.min_frames,
-        max_frames=settings.max_frames,
-        clip_len=settings.clip_len,
-        multiple_of=settings.multiple_of,
-        bounds=settings.bounds,
-        generator=settings.generator,
-    )
+    first, last, begin, duration = _part(source, index, settings.start, _end(settings, index))
+    sampled = _sample(index.seconds[first:last] - begin, duration, index.info.fps, settings)
     if not sampled:
         raise VideoError(
             f"{source.name}: the sampling mode {settings.mode!r} finds no frame in {duration:.2f} s; sample at a "
@@ -193,7 +184,7 @@ def make_plan(source: VideoSource, settings: ReadSettings) -> Plan:
         )
     frames = [first + position for position in sampled]
     if not settings.exact:
-        keyframes = [keyframe.position for keyframe in index.keyframes if first <= keyframe.position < last]
+        keyframes = [start.position for start in index.starts if first <= start.position < last]
         frames = nearest_keyframes(frames, keyframes, index.seconds)
     frames = pad_to_clips(frames, settings.clip_len, pad=settings.pad)
     wanted, places = _places(frames)
@@ -202,12 +193,12 @@ def make_plan(source: VideoSource, settings: ReadSettings) -> Plan:
         source=source,
         index=index,
         reader=reader(),
-        resizer=partial(scaler, size, index.info.rotation, settings.fit),
+        resizer=partial(scaler, size, index.info.rotation, fit=settings.fit, is_mirrored=index.info.is_mirrored),
         num_threads=_num_threads(settings.num_threads),
         wanted=wanted,
         places=places,
         seconds=index.seconds[frames],
-        start=start,
+        start=begin,
         duration=duration,
         size=size,
     )
@@ -250,6 +241,30 @@ def _part(source: Source, index: VideoIndex, start: float | None, end: float | N
             f"{duration:.2f} s and has {index.info.fps:.3g} frames per second. Choose a longer part inside it"
         )
     return first, last, begin, stop - begin
+
+
+def _sample(seconds: np.ndarray, duration: float, fps: float, settings: ReadSettings) -> list[int]:
+    """Choose frames of a part, given when each appears; by time where the mode asks for times and they are uneven."""
+    choose = partial(
+        sample_frames,
+        mode=settings.mode,
+        num_frames=settings.num_frames,
+        rate=settings.fps,
+        min_frames=settings.min_frames,
+        max_frames=settings.max_frames,
+        clip_len=settings.clip_len,
+        multiple_of=settings.multiple_of,
+        bounds=settings.bounds,
+        generator=settings.generator,
+    )
+    is_by_time = (settings.mode or "").startswith("fps") and settings.bounds != "published"
+    is_even = np.abs(seconds - seconds[0] - np.arange(len(seconds)) / fps).max() <= 0.5 / fps
+    if is_even or not is_by_time:
+        return choose(len(seconds), fps)
+    times = np.array(choose(max(1, round(duration * TICKS_PER_SECOND)), TICKS_PER_SECOND)) / TICKS_PER_SECOND
+    after = np.searchsorted(seconds, times).clip(1, max(1, len(seconds) - 1))
+    is_before = times - seconds[after - 1] <= seconds[after % len(seconds)] - times
+    return np.where(is_before, after - 1, after).clip(max=len(seconds) - 1).tolist()
 
 
 def _places(frames: list[int]) -> tuple[list[int], list[list[int]]]:

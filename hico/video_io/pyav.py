@@ -14,7 +14,9 @@ import av
 import av.error
 
 from hico.video_io.base import Reader, Sink
-from hico.video_io.index import BROKEN_OFF, Keyframe, VideoIndex, best_video_stream
+from hico.video_io.bitstream import packets_to_recover
+from hico.video_io.index import VideoIndex, best_video_stream
+from hico.video_io.packets import BROKEN_OFF
 from hico.video_io.resize import ExactResizer
 from hico.video_io.runs import Run, plan_runs
 from hico.video_io.source import Source, VideoError
@@ -23,12 +25,16 @@ SKIPS_UNREFERENCED = frozenset({"h264", "mpeg4", "mpeg2video", "mpeg1video"})
 """Codecs whose B-frames that nothing refers to are marked for certain. HEVC is not one: its "sub-layer non-reference"
 pictures may still be referred to from higher temporal layers, which phones write."""
 
+PACKETS_PER_REFERENCE = 4
+"""Recovery is counted in frames that others refer to. Where they are rarer, the decoder withholds frames, and samples
+are decoded again from farther back."""
+
 
 class PyAVReader(Reader):
     """The default reader: decodes everything that FFmpeg does, and goes on after damage."""
 
     def decode(self, source, index, wanted, sink, *, resizer, num_threads, max_ahead):
-        starts = [keyframe.position for keyframe in index.keyframes]
+        starts = [start.position for start in index.starts]
         runs = plan_runs(wanted, starts, num_threads=num_threads)
         longest = max(run.last - run.first for run in runs)
         # Threads beyond the first work on later runs. Where a later run's samples would not fit into the sink, the
@@ -95,10 +101,10 @@ class _Worker:
 
     def decode(self, run: Run) -> None:
         if self._decoder is None:
-            self._decoder = _Decoder(self._source, self._index, self._num_threads)
+            self._decoder = _Decoder(self._source, self._index, self._num_threads, seeks=self._index.can_seek)
         done = self._decode_quickly(run)
         if done < run.last:
-            self._decode_carefully(Run(run.keyframe, done, run.last))
+            self._decode_carefully(Run(run.start, done, run.last))
 
     def close(self) -> None:
         if self._decoder is not None:
@@ -106,15 +112,15 @@ class _Worker:
 
     def _decode_quickly(self, run: Run) -> int:
         """Decode nothing that is not needed; returns the first sample that did not come out."""
-        pts = self._index.pts[self._wanted[run.first : run.last]].tolist()
+        wanted = self._wanted[run.first : run.last]
         done = 0
-        for time, frame in self._decoder.frames(run.keyframe, only=set(pts)):
-            if time > pts[done]:
+        for position, frame in self._decoder.frames(run.start, only=wanted):
+            if position > wanted[done]:
                 break
-            if time == pts[done]:
-                self._finish(run.first + done, time, frame)
+            if position == wanted[done]:
+                self._finish(run.first + done, position, frame)
                 done += 1
-                if done == len(pts):
+                if done == len(wanted):
                     break
         return run.first + done
 
@@ -122,20 +128,20 @@ class _Worker:
         """Decode every frame; the nearest good one stands in for a lost sample."""
         previous: tuple[int, av.VideoFrame] | None = None
         here = run.first
-        # On one thread: with several, FFmpeg gives the frames after a broken one each other's timestamps.
-        with closing(_Decoder(self._source, self._index, 1)) as decoder:
-            for time, frame in decoder.frames(run.keyframe):
-                while here < run.last and self._pts(here) <= time:
-                    if self._pts(here) < time and previous is None:
-                        previous = self._last_before(run.keyframe)
-                    self._finish(here, *_nearest(self._pts(here), previous, (time, frame)))
+        # On one thread: with several, FFmpeg gives the frames after a broken one each other's numbers.
+        with closing(_Decoder(self._source, self._index, 1, seeks=self._decoder.seeks)) as decoder:
+            for position, frame in decoder.frames(run.start):
+                while here < run.last and self._wanted[here] <= position:
+                    if self._wanted[here] < position and previous is None:
+                        previous = self._last_before(run.start)
+                    self._finish(here, *_nearest(self._wanted[here], previous, (position, frame)))
                     here += 1
-                previous = (time, frame)
+                previous = (position, frame)
                 if here == run.last:
                     return
-        previous = previous or self._last_before(run.keyframe)
+        previous = previous or self._last_before(run.start)
         if previous is None:
-            begin = self._index.seconds_of(self._pts(run.first))
+            begin = self._index.seconds[self._wanted[run.first]]
             raise VideoError(
                 f"{self._source.name}: no frame could be decoded from {begin:.2f} s on; "
                 "the file is damaged. Fetch it again, or set end to an earlier time"
@@ -143,70 +149,76 @@ class _Worker:
         for position in range(here, run.last):
             self._finish(position, *previous)
 
-    def _last_before(self, keyframe: int) -> tuple[int, av.VideoFrame] | None:
-        """Return the last good frame before a keyframe, from as far back as it takes."""
-        limit = self._index.pts[self._index.keyframes[keyframe].position]
-        with closing(_Decoder(self._source, self._index, 1)) as decoder:
-            for earlier in reversed(range(keyframe)):
+    def _last_before(self, start: int) -> tuple[int, av.VideoFrame] | None:
+        """Return the last good frame before a start, from as far back as it takes."""
+        limit = self._index.starts[start].position
+        with closing(_Decoder(self._source, self._index, 1, seeks=self._decoder.seeks)) as decoder:
+            for earlier in reversed(range(start)):
                 found = None
-                for time, frame in decoder.frames(earlier):
-                    if time >= limit:
+                for position, frame in decoder.frames(earlier):
+                    if position >= limit:
                         break
-                    found = (time, frame)
+                    found = (position, frame)
                 if found is not None:
                     return found
         return None
 
-    def _finish(self, here: int, time: int, frame: av.VideoFrame) -> None:
-        self.num_lost += time != self._pts(here)
-        self._sink.put(here, self._resizer(frame), self._index.seconds_of(time))
-
-    def _pts(self, here: int) -> int:
-        return int(self._index.pts[self._wanted[here]])
+    def _finish(self, here: int, position: int, frame: av.VideoFrame) -> None:
+        self.num_lost += position != self._wanted[here]
+        self._sink.put(here, self._resizer(frame), float(self._index.seconds[position]))
 
 
 class _Decoder:
-    """One open container."""
+    """One open container.
 
-    def __init__(self, source: Source, index: VideoIndex, num_threads: int):
+    Attributes:
+        seeks: False once a seek has led to other packets than the index lists; packets are then read from the start.
+    """
+
+    def __init__(self, source: Source, index: VideoIndex, num_threads: int, *, seeks: bool):
         self._source, self._index, self._num_threads = source, index, num_threads
+        self._packets, self._timeline = index.packets, index.timeline
+        self.seeks = seeks
+        self._container = None
         self._open()
 
     def close(self) -> None:
         self._container.close()
 
-    def frames(self, keyframe: int, *, only: set[int] | None = None) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Yield good frames with their timestamps, in display order.
+    def frames(self, start: int, *, only: list[int] | None = None) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Yield good frames with their positions, in display order.
 
         Args:
-            keyframe: number of the keyframe to start from.
-            only: timestamps of the frames that matter. Frames that no other needs may be missing, and decoding ends
+            start: number of the start to decode from.
+            only: positions of the frames that matter. Frames that no other needs may be missing, and decoding ends
                 with the last one of these, or at the first error. If omitted, every good frame up to the end.
         """
-        start = self._index.keyframes[keyframe]
         context = self._stream.codec_context
-        timed = self._index.timed
-        missing = set(only) if only is not None and timed else None
-        may_skip = missing is not None and context.name in SKIPS_UNREFERENCED
-        earliest = start.pts if start.pts is not None else 0
-        number = 0
+        is_careful = only is None
+        needed = None if is_careful or self._timeline.is_counted else set(self._timeline.numbers[only].tolist())
+        skips = needed is not None and context.name in SKIPS_UNREFERENCED
+        is_needed = frozenset(needed or ())
+        place = _Counter(self._index, start) if self._timeline.is_counted else self._timeline.places.item
+        earliest = self._index.starts[start].position
         context.skip_frame = "DEFAULT"
-        for packet in chain(self._packets_from(start), [None]):
-            if may_skip and packet is not None:
-                context.skip_frame = "DEFAULT" if packet.pts in only else "NONREF"
+        for number, packet in chain(self._packets_from(start, is_careful=is_careful), [(None, None)]):
+            if packet is not None:
+                packet.pts, packet.dts = number, None
+                if skips:
+                    context.skip_frame = "DEFAULT" if number in is_needed else "NONREF"
             frames = self._decode(packet)
-            if frames is None and only is not None:
+            if frames is None and not is_careful:
                 return
+            if needed is not None and number is not None:
+                needed.discard(number)
+                if not needed:
+                    frames = (frames or []) + (self._decode(None) or [])
             for frame in frames or ():
-                time = frame.pts if timed else number
-                number += 1
-                if time is not None and time >= earliest and not frame.is_corrupt:
-                    yield time, frame
-            if missing is not None and packet is not None:
-                missing.discard(packet.pts)
-                if not missing:
-                    yield from ((frame.pts, frame) for frame in self._decode(None) or ())
-                    return
+                position = -1 if frame.pts is None else place(frame.pts)
+                if position >= earliest and not frame.is_corrupt:
+                    yield position, frame
+            if needed is not None and not needed:
+                return
 
     def _decode(self, packet: av.Packet | None) -> list[av.VideoFrame] | None:
         """Decode a packet, or what is left in the decoder; None if it is broken."""
@@ -215,25 +227,65 @@ class _Decoder:
         except av.error.FFmpegError:
             return None
 
-    def _packets_from(self, start: Keyframe) -> Iterator[av.Packet]:
-        """Return the packets from a keyframe on; what a demuxer gives before it is passed over."""
-        is_fresh, self._is_fresh = self._is_fresh, False
-        if is_fresh and start is self._index.keyframes[0]:
-            return self._demux()
-        target = start.dts if start.dts is not None else start.pts
+    def _packets_from(self, start: int, *, is_careful: bool) -> Iterator[tuple[int, av.Packet]]:
+        """Return numbered packets from a start on, or from as far before it as decoding has to begin."""
+        target = self._index.starts[start]
+        for earlier in range(start, -1, -1):
+            number = self._index.starts[earlier].packet
+            packets = self._numbered(number)
+            head = next(packets, None)
+            if head is None:
+                continue
+            recover = packets_to_recover(bytes(head[1]), self._packets.codec, self._stream.codec_context.extradata)
+            room = 0 if is_careful else (target.packet - number) // PACKETS_PER_REFERENCE
+            is_far_enough = recover is not None and recover <= room
+            if is_far_enough or not earlier:
+                return chain([head], packets)
+        return iter(())
+
+    def _numbered(self, first: int) -> Iterator[tuple[int, av.Packet]]:
+        """Number the packets from a given one on."""
+        number = self._go_to(first)
+        for packet in self._demuxed:
+            if number >= len(self._packets) or packet.size != self._packets.size.item(number):
+                self.seeks = (
+                    False  # Another packet than the index lists: it was not where the seek was thought to end.
+                )
+                return
+            self._next = number + 1
+            if number >= first:
+                yield number, packet
+            number += 1
+
+    def _go_to(self, first: int) -> int:
+        """Move to a packet or before it; returns the number of the packet that comes next."""
+        self._stream.codec_context.flush_buffers()
+        if self._next == first:
+            return first
+        target = self._packets.seek_target(first) if self.seeks else None
         if target is not None:
-            try:
-                self._container.seek(target, stream=self._stream, backward=True)
-            except av.error.FFmpegError:
-                pass  # Cannot seek: read from the beginning.
-            else:
-                packets = _from(start, self._demux())
-                if packets is not None:
-                    return packets
-        self.close()
-        self._open()
-        self._is_fresh = False
-        return _from(start, self._demux()) or iter(())
+            self.seeks = self._seek(first, target)
+        if not 0 <= self._next <= first:
+            self._open()
+        return self._next
+
+    def _seek(self, first: int, target: int) -> bool:
+        """Seek to a keyframe; False if it does not come."""
+        self._next = -1
+        by_bytes = self._packets.is_by_bytes
+        try:
+            self._container.seek(target, stream=self._stream, unsupported_byte_offset=by_bytes)
+        except av.error.FFmpegError:
+            return False
+        self._demuxed = self._demux()
+        for packet in self._demuxed:
+            if packet.is_keyframe and self._packets.is_at(first, packet):
+                self._demuxed = chain([packet], self._demuxed)
+                self._next = first
+                return True
+            if packet.is_keyframe if by_bytes else packet.dts is not None and packet.dts > target:
+                return False
+        return False
 
     def _demux(self) -> Iterator[av.Packet]:
         try:
@@ -244,24 +296,30 @@ class _Decoder:
             return  # As the index found as well.
 
     def _open(self) -> None:
+        if self._container is not None:
+            self._container.close()
         self._container = self._source.open()
         self._stream = best_video_stream(self._container, self._source)
         self._stream.codec_context.thread_count = self._num_threads
         self._stream.codec_context.thread_type = "AUTO" if self._num_threads > 1 else "SLICE"
-        self._is_fresh = True
+        self._demuxed, self._next = self._demux(), 0
 
 
-def _from(start: Keyframe, packets: Iterator[av.Packet]) -> Iterator[av.Packet] | None:
-    """Pass over the packets before a keyframe; None if it is not among them, because the seek went too far."""
-    for packet in packets:
-        if start.pts is None or packet.pts == start.pts:
-            return chain([packet], packets)
-        if None not in (start.dts, packet.dts) and packet.dts > start.dts:
-            return None
-    return None
+class _Counter:
+    """Numbers frames as they come out, from a packet on before which nothing is left to show."""
+
+    def __init__(self, index: VideoIndex, start: int):
+        self._starts = list(index.starts[start:])
+        self._position = self._starts[0].position
+
+    def __call__(self, number: int) -> int:
+        while self._starts and number >= self._starts[0].packet:
+            self._position = self._starts.pop(0).position
+        position, self._position = self._position, self._position + 1
+        return position
 
 
 def _nearest(
-    pts: int, before: tuple[int, av.VideoFrame] | None, after: tuple[int, av.VideoFrame]
+    position: int, before: tuple[int, av.VideoFrame] | None, after: tuple[int, av.VideoFrame]
 ) -> tuple[int, av.VideoFrame]:
-    return after if before is None or after[0] - pts < pts - before[0] else before
+    return after if before is None or after[0] - position < position - before[0] else before

@@ -21,18 +21,22 @@ class ExactResizer:
         size: ``(height, width)`` of the result.
         rotation: degrees counter-clockwise to turn decoded frames; images and arrays are taken as upright.
         fit: one of `hico.preprocessing.FITS`.
+        is_mirrored: whether to mirror decoded frames left to right after they are turned.
     """
 
-    def __init__(self, size: tuple[int, int], rotation: int = 0, fit: str = "stretch"):
+    def __init__(self, size: tuple[int, int], rotation: int = 0, *, fit: str = "stretch", is_mirrored: bool = False):
         self.size = size
         self.rotation = rotation
         self.fit = fit
+        self.is_mirrored = is_mirrored
         self._reformatter = VideoReformatter()
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
         """Return ``(h, w, 3)`` uint8."""
         image = self._to_image(frame)
-        return self.from_image(image.transpose(TURNS[self.rotation]) if self.rotation else image)
+        if self.rotation:
+            image = image.transpose(TURNS[self.rotation])
+        return self.from_image(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.is_mirrored else image)
 
     def from_image(self, image: Image.Image) -> np.ndarray:
         """Resize an upright image; returns ``(h, w, 3)`` uint8."""
@@ -65,7 +69,7 @@ class FastResizer(ExactResizer):
         is_quarter_turned = self.rotation in {90, 270}
         size = fitted_size(shape[:2], self.size[::-1] if is_quarter_turned else self.size, fit=self.fit)
         upright = np.rot90(_interpolate(picture, size), self.rotation // 90)  # counter-clockwise, like PIL's ROTATE_90
-        return centre_crop(upright, self.size)
+        return centre_crop(upright[:, ::-1] if self.is_mirrored else upright, self.size)
 
     def from_image(self, image: Image.Image) -> np.ndarray:
         """Resize an upright image; returns ``(h, w, 3)`` uint8."""

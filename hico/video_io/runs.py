@@ -16,9 +16,9 @@ SPARSE_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Run:
-    """Decode from a keyframe on, for ``wanted[first:last]``."""
+    """Decode from a start (its number) on, for ``wanted[first:last]``."""
 
-    keyframe: int
+    start: int
     first: int
     last: int
 

@@ -2,7 +2,10 @@
 
 import io
 import os
+import stat
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,16 +13,35 @@ from typing import Any, BinaryIO
 import av
 import av.error
 
+MAX_PIXELS = 1 << 26
+"""Pixels of a picture, 8192 x 8192; larger ones are refused, whoever decodes them."""
+
+TEXT = frozenset({"tty"})
+"""FFmpeg's formats that draw a text file."""
+
 
 class VideoError(ValueError):
     """A video that cannot be read as asked. The message names the file and says what to do."""
 
 
+def refuse_large(name: str, width: int, height: int) -> None:
+    """Refuse a picture that would take gigabytes.
+
+    Raises:
+        VideoError: if it has more than ``MAX_PIXELS``.
+    """
+    if width * height > MAX_PIXELS:
+        raise VideoError(
+            f"{name}: has pictures of {width} x {height} pixels, and at most {MAX_PIXELS} pixels are read; "
+            "make them smaller"
+        )
+
+
 class _View(io.RawIOBase):
     """A reader of a shared file object with a position of its own."""
 
-    def __init__(self, file: BinaryIO, lock: threading.Lock):
-        self._file, self._lock, self._position = file, lock, 0
+    def __init__(self, file: BinaryIO, lock: threading.Lock, name: str):
+        self._file, self._lock, self._name, self._position = file, lock, name, 0
 
     def readable(self) -> bool:
         return True
@@ -36,16 +58,24 @@ class _View(io.RawIOBase):
         elif whence == os.SEEK_CUR:
             self._position += offset
         else:
-            with self._lock:
+            with self._lock, self._named():
                 self._position = self._file.seek(offset, whence)
         return self._position
 
     def read(self, size: int = -1) -> bytes:
-        with self._lock:
+        with self._lock, self._named():
             self._file.seek(self._position)
             data = self._file.read(size)
-        self._position += len(data)
+            self._position += len(data)
         return data
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            raise VideoError(f"{self._name}: the file object failed while it was read ({reason})") from error
 
 
 @dataclass(frozen=True)
@@ -57,37 +87,78 @@ class Source:
         location: path or URL; None for bytes and file objects.
         file: the seekable file object, where there is no location.
         lock: guards the position of ``file``.
+        timeout: seconds that a server may take to answer.
     """
 
     name: str
     location: str | None = None
     file: BinaryIO | None = None
     lock: Any = None
+    timeout: float = 30.0
 
     def fresh_file(self) -> BinaryIO:
         """Return a file object over the same bytes, at its start, with a position of its own."""
-        return _View(self.file, self.lock)
+        return _View(self.file, self.lock, self.name)
+
+    @property
+    def is_remote(self) -> bool:
+        return self.file is None and "://" in self.location
+
+    def local_file(self) -> BinaryIO | None:
+        """Return a file object over the bytes, at their start; None for a URL. Close it unless it is a view."""
+        if self.file is not None:
+            return self.fresh_file()
+        return None if self.is_remote else open(self.location, "rb")
 
     def open(self) -> av.container.InputContainer:
         """Open the container.
 
         Raises:
-            VideoError: if FFmpeg does not recognise it.
+            VideoError: if FFmpeg does not recognise it, it is text, or it does not answer in time.
         """
+        where = self.location if self.file is None else self.fresh_file()
+        options = {"max_pixels": str(MAX_PIXELS)}
+        if self.is_remote:
+            options["rw_timeout"] = str(round(self.timeout * 1e6))
         try:
-            return av.open(self.location if self.file is None else self.fresh_file(), metadata_errors="ignore")
-        except (av.error.FFmpegError, OSError) as error:
+            container = av.open(
+                where,
+                options=options,
+                metadata_errors="ignore",
+                timeout=self.timeout if self.is_remote else None,
+            )
+        except (av.error.ExitError, av.error.TimeoutError) as error:
+            raise self.too_slow() from error
+        except (av.error.FFmpegError, OSError, ValueError) as error:
+            if isinstance(error, VideoError):
+                raise
             raise VideoError(
                 f"{self.name}: cannot be opened as a video ({_reason(error)}); the file is damaged, cut off, or not "
                 "a video. Fetch it again, or check it with ffprobe"
             ) from error
+        if container.format.name in TEXT:
+            container.close()
+            raise VideoError(f"{self.name}: is text, not a video; check the path")
+        return container
+
+    def too_slow(self) -> VideoError:
+        """Return the error for a server that does not answer."""
+        return VideoError(
+            f"{self.name}: did not answer within {self.timeout:g} s; check the address, or set a longer timeout"
+        )
 
 
-def as_source(source: str | os.PathLike | bytes | bytearray | memoryview | BinaryIO) -> Source:
+def as_source(
+    source: str | os.PathLike | bytes | bytearray | memoryview | BinaryIO, *, timeout: float = 30.0
+) -> Source:
     """Accept what users call a video.
 
+    Args:
+        source: path, URL, folder, bytes or file object.
+        timeout: seconds that a server may take to answer.
+
     Raises:
-        VideoError: if the file does not exist, is empty, a pipe or closed.
+        VideoError: if the file does not exist, is empty, a pipe, closed or cannot be read.
         TypeError: if it is none of the known kinds, or open as text.
     """
     if isinstance(source, Source):
@@ -97,7 +168,7 @@ def as_source(source: str | os.PathLike | bytes | bytearray | memoryview | Binar
             raise VideoError("<bytes>: is empty (0 bytes); was it read to its end before?")
         return _of_file(io.BytesIO(source), f"<{len(source)} bytes>")
     if isinstance(source, (str, os.PathLike)):
-        return _of_path(os.fspath(source))
+        return _of_path(os.fsdecode(source), timeout)
     if hasattr(source, "read"):
         name = getattr(source, "name", None)
         if getattr(source, "closed", False):
@@ -105,9 +176,14 @@ def as_source(source: str | os.PathLike | bytes | bytearray | memoryview | Binar
         if isinstance(source, io.TextIOBase):
             raise TypeError(f"{name or '<file object>'} is open as text; open it with mode 'rb'")
         seekable = getattr(source, "seekable", None)
-        if not (seekable and seekable()):
-            source = io.BytesIO(source.read())
-        if not source.seek(0, os.SEEK_END):
+        try:
+            if not (seekable and seekable()):
+                source = io.BytesIO(source.read())
+            length = source.seek(0, os.SEEK_END)
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            raise VideoError(f"{name or '<file object>'}: cannot be read ({reason}); open it again") from error
+        if not length:
             raise VideoError(f"{name or '<file object>'}: is empty (0 bytes); was it written and flushed?")
         return _of_file(source, str(name or "<file object>"))
     raise TypeError(f"a video is a path, a URL, bytes or a binary file object, not {type(source).__name__}")
@@ -117,15 +193,25 @@ def _of_file(file: BinaryIO, name: str) -> Source:
     return Source(name=name, file=file, lock=threading.Lock())
 
 
-def _of_path(location: str) -> Source:
+def _of_path(location: str, timeout: float) -> Source:
     if "://" in location:
-        return Source(name=location, location=location)
-    path = Path(location).expanduser()
-    if not location or not path.exists():
+        if not 0 < timeout < float("inf"):
+            raise ValueError(f"timeout is {timeout}; it must be a positive number of seconds")
+        return Source(name=location, location=location, timeout=timeout)
+    # A path from the root, so that FFmpeg does not take what stands before a colon for a protocol.
+    path = Path(os.path.abspath(os.path.expanduser(location)))
+    try:
+        kind = path.stat() if location else None
+    except (OSError, ValueError) as error:
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            kind = None
+        else:
+            raise VideoError(f"{location}: cannot be opened ({_reason(error)}); check the path") from error
+    if kind is None:
         raise VideoError(f"{location or repr('')}: no such file; check the path, or the folder that it is relative to")
-    if not (path.is_file() or path.is_dir()):
+    if not (stat.S_ISREG(kind.st_mode) or stat.S_ISDIR(kind.st_mode)):
         raise VideoError(f"{location}: is neither a file nor a folder; save it to a file, or give its bytes")
-    if path.is_file() and not path.stat().st_size:
+    if stat.S_ISREG(kind.st_mode) and not kind.st_size:
         raise VideoError(f"{location}: is empty (0 bytes); fetch it again")
     return Source(name=location, location=str(path))
 

@@ -1,0 +1,77 @@
+"""What a file says of its own length: whether its end is missing."""
+
+from typing import BinaryIO
+
+from hico.video_io.mp4 import boxes
+
+
+def is_cut_off(file: BinaryIO, end: int, container: str) -> bool:
+    """Tell whether the end of a file is missing, where its container tells.
+
+    Args:
+        file: the file.
+        end: its length in bytes.
+        container: FFmpeg's first name of the format.
+    """
+    check = _CHECKS.get(container)
+    return check is not None and check(file, end)
+
+
+def _mov(file: BinaryIO, end: int) -> bool:
+    past = max((past for _, _, past in boxes(file, end)), default=0)
+    return past > end
+
+
+def _matroska(file: BinaryIO, end: int) -> bool:
+    """Compare the end of the last segment with the end of the file; a live recording leaves it open."""
+    at = 0
+    while at < end:
+        kind, at = _ebml_number(file, at, keeps_mark=True)
+        size, at = _ebml_number(file, at, keeps_mark=False)
+        if kind not in {0x1A45DFA3, 0x18538067} or size is None:
+            return False
+        at += size
+    return at > end
+
+
+def _ebml_number(file: BinaryIO, at: int, *, keeps_mark: bool) -> tuple[int | None, int]:
+    """Read a number whose leading zeros count its bytes; None where all its bits are set, which stands for unknown."""
+    file.seek(at)
+    data = file.read(8)
+    width = 9 - data[0].bit_length() if data else 1
+    value = int.from_bytes(data[:width], "big")
+    if not keeps_mark:
+        value &= (1 << 7 * width) - 1
+        value = None if value == (1 << 7 * width) - 1 else value
+    return value, at + width
+
+
+def _avi(file: BinaryIO, end: int) -> bool:
+    at = 0
+    while at + 12 <= end:
+        file.seek(at)
+        head = file.read(12)
+        if head[:4] != b"RIFF":
+            return False
+        at += 8 + int.from_bytes(head[4:8], "little") + (head[4] & 1)
+    return at > end + 1
+
+
+def _flv(file: BinaryIO, end: int) -> bool:
+    """Look for the length of the last tag, which follows it."""
+    file.seek(max(0, end - 4))
+    size = int.from_bytes(file.read(4), "big")
+    if size > end - 4:
+        return True
+    file.seek(end - 4 - size)
+    head = file.read(4)
+    return size > 0 and int.from_bytes(head[1:4], "big") + 11 != size
+
+
+def _mpegts(file: BinaryIO, end: int) -> bool:
+    file.seek(0)
+    head = file.read(1024)
+    return head[:1] == b"G" and head[188:189] == b"G" and end % 188 > 0
+
+
+_CHECKS = {"mov": _mov, "matroska": _matroska, "avi": _avi, "flv": _flv, "mpegts": _mpegts}
