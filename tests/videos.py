@@ -1,6 +1,8 @@
 """Writers of small synthetic videos. Every frame carries its own index, readable after lossy coding and resizing."""
 
+import io
 import os
+import struct
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.stream import Disposition
 from PIL import Image
 
 CELLS = 4
@@ -62,6 +65,7 @@ def write_video(
     seconds: Sequence[float] | None = None,
     offset: float = 0.0,
     rotation: int = 0,
+    matrix: Sequence[int] | None = None,
     audio: bool = False,
     format: str | None = None,
     container_options: dict[str, str] | None = None,
@@ -76,6 +80,7 @@ def write_video(
         seconds: time of each frame, for a variable frame rate; evenly spaced if omitted.
         offset: seconds before the first frame.
         rotation: degrees, counter-clockwise, written as display metadata.
+        matrix: the nine numbers of a display matrix.
         audio: add a silent AAC track.
     """
     is_variable = seconds is not None
@@ -92,6 +97,8 @@ def write_video(
         stream.codec_context.time_base = MILLISECOND if is_variable else 1 / Fraction(fps)
         if rotation:
             stream.set_display_rotation(rotation)
+        if matrix:
+            stream.set_display_matrix(matrix)
         sound = container.add_stream("aac", rate=8000, layout="mono") if audio else None
         for index, second in enumerate(seconds):
             frame = av.VideoFrame.from_ndarray(coloured_frame(index, size), format="rgb24")
@@ -205,3 +212,50 @@ def expected_seconds(name: str) -> np.ndarray:
     settings = FORMATS[name]
     seconds = np.array(settings.get("seconds", np.arange(NUM_FRAMES) / settings.get("fps", FPS)))
     return seconds - seconds[0]
+
+
+def join(path: Path, *parts: Path) -> Path:
+    """Join files byte by byte, as ``cat`` does."""
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    return path
+
+
+def set_edit_list(path: Path, entries: Sequence[tuple[int, int]]) -> Path:
+    """Give an mp4, whose tables come last, another edit list: ``(length in ms, first tick of the track)`` each."""
+    data = path.read_bytes()
+    edits = struct.pack(">II", 0, len(entries)) + b"".join(struct.pack(">IiHH", *entry, 1, 0) for entry in entries)
+    box = struct.pack(">I4s", len(edits) + 8, b"elst") + edits
+    box = struct.pack(">I4s", len(box) + 8, b"edts") + box
+    moov, trak, edts = (data.rindex(kind) - 4 for kind in (b"moov", b"trak", b"edts"))
+    length = int.from_bytes(data[edts : edts + 4], "big")
+    data = bytearray(data[:edts] + box + data[edts + length :])
+    for at in (moov, trak):
+        size = int.from_bytes(data[at : at + 4], "big") + len(box) - length
+        data[at : at + 4] = size.to_bytes(4, "big")
+    path.write_bytes(bytes(data))
+    return path
+
+
+def write_with_cover(path: Path, *, num_frames: int = 0) -> Path:
+    """Write sound with a cover picture, and a video if ``num_frames`` says so; as mp4 or Matroska, by the suffix."""
+    is_matroska = path.suffix == ".mkv"
+    with av.open(str(path), "w", format=None if is_matroska else "mp4") as container:
+        streams = [container.add_stream("libx264", rate=25)] if num_frames else []
+        if is_matroska:
+            cover = io.BytesIO()
+            Image.fromarray(coloured_frame(0)).save(cover, "JPEG")
+            container.add_attachment("cover.jpg", "image/jpeg", cover.getvalue())
+        else:
+            streams.append(container.add_stream("mjpeg", rate=25))
+            streams[-1].disposition = Disposition.attached_pic
+        for stream in streams:
+            stream.height = stream.width = 64
+            stream.pix_fmt = "yuvj420p" if stream.name == "mjpeg" else "yuv420p"
+        sound = container.add_stream("aac", rate=8000, layout="mono")
+        for stream in streams:
+            for number in range(1 if stream.name == "mjpeg" else num_frames):
+                frame = av.VideoFrame.from_ndarray(coloured_frame(number), format="rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        _write_silence(container, sound, 1.0)
+    return path

@@ -139,6 +139,9 @@ def _jumps(stamps: np.ndarray, packets: Packets, *, is_sorted: bool, limit: floa
     values, keys = stamps[known], keys[known]
     if len(values) < 2:
         return []
+    if is_sorted:
+        # Where stamps are missing, the same stamp again after a while is a clock that has started anew.
+        values = values - np.where(np.diff(np.flatnonzero(known), prepend=0) > 1, 1e-3, 0)
     highest = np.maximum.accumulate(values)[:-1]
     is_back = (keys[1:] & (values[1:] < highest)) | (values < _floor(values, keys))[1:]
     if not is_back.any() and (values[1:] - highest).max() <= limit:
@@ -244,9 +247,11 @@ def _starts(packets: Packets, order: np.ndarray, shown: np.ndarray, *, is_counte
     numbers = np.flatnonzero(begins)
     numbers = numbers[np.argsort(order[numbers], kind="stable")]
     positions = np.searchsorted(np.sort(order[shown]), order[numbers])
-    num_frames = int(shown.sum())
+    in_order = np.flatnonzero(shown)[np.argsort(order[shown], kind="stable")]
+    # An edit list may show what stands before: no frame from a start on may come earlier in the file.
+    earliest = np.minimum.accumulate(in_order[::-1])[::-1]
     starts = {0: 0}
     for number, position in zip(numbers.tolist(), positions.tolist(), strict=True):
-        if position < num_frames:
+        if position < len(earliest) and earliest[position] >= number:
             starts[position] = number
     return tuple(Start(position, number) for position, number in sorted(starts.items()))

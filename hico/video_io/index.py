@@ -19,7 +19,7 @@ from hico.video_io.bitstream import TELLS_TYPES
 from hico.video_io.clock import Start, Timeline, arrange
 from hico.video_io.mp4 import Boxes, claimed_samples, list_samples, read_tables
 from hico.video_io.packets import NO_TIME, Packets, list_packets, short_name
-from hico.video_io.source import Source, VideoError, refuse_large
+from hico.video_io.source import MAX_PIXELS, TOO_SLOW, Source, VideoError, refuse_large
 from hico.video_io.wholeness import is_cut_off
 
 RATE_TOLERANCE = 0.05
@@ -98,7 +98,7 @@ def best_video_stream(container: av.container.InputContainer, source: Source) ->
     """Return the stream that a player would show.
 
     Raises:
-        VideoError: if there is none, or it is in an unknown format.
+        VideoError: if there is none, it is in an unknown format, or its pictures are too large.
     """
     stream = container.streams.best("video")
     if stream is not None and stream.disposition & Disposition.attached_pic:
@@ -113,6 +113,8 @@ def best_video_stream(container: av.container.InputContainer, source: Source) ->
             f"{source.name}: its video stream is in a format that FFmpeg does not know; the file is damaged or newer "
             "than the installed PyAV. Fetch it again, convert it with ffmpeg, or upgrade av"
         )
+    refuse_large(source.name, stream.width, stream.height)
+    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # A stream may change its size.
     return stream
 
 
@@ -134,7 +136,6 @@ def build_index(source: Source) -> VideoIndex:
             name = short_name(container)
             is_short = bool(file) and is_cut_off(file, length, name)
             stream = best_video_stream(container, source)
-            refuse_large(source.name, stream.width, stream.height)
             stream.codec_context.thread_count = 1
             taken: list[av.VideoFrame] = []
 
@@ -146,7 +147,10 @@ def build_index(source: Source) -> VideoIndex:
                 is_told = name == "mov" and first.codec not in TELLS_TYPES
                 return list_samples(tables, length, stream.id, first) if is_told else None
 
-            packets = list_packets(container, stream, take=take, shortcut=shortcut)
+            try:
+                packets = list_packets(container, stream, take=take, shortcut=shortcut)
+            except TOO_SLOW as error:
+                raise source.too_slow() from error
             tick = float(stream.time_base)
             declared = stream.average_rate or stream.guessed_rate or Fraction(25)
             exact_rate = stream.codec_context.framerate or declared

@@ -10,6 +10,7 @@ import av.error
 import numpy as np
 
 from hico.video_io import bitstream
+from hico.video_io.source import TOO_SLOW
 
 NO_TIME = -(2**63)
 """FFmpeg's mark for a timestamp that is not known."""
@@ -154,6 +155,8 @@ def list_packets(
                 is_taken = take(packet)
                 if is_taken and (short := shortcut(listed())):
                     return short
+    except TOO_SLOW:
+        raise
     except BROKEN_OFF:
         is_cut_off = True
     if look.saw_packed:  # A decoder that has not seen the beginning takes no second picture from a packet.

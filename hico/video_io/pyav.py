@@ -19,7 +19,7 @@ from hico.video_io.index import VideoIndex, best_video_stream
 from hico.video_io.packets import BROKEN_OFF
 from hico.video_io.resize import ExactResizer
 from hico.video_io.runs import Run, plan_runs
-from hico.video_io.source import Source, VideoError
+from hico.video_io.source import TOO_SLOW, Source, VideoError
 
 SKIPS_UNREFERENCED = frozenset({"h264", "mpeg4", "mpeg2video", "mpeg1video"})
 """Codecs whose B-frames that nothing refers to are marked for certain. HEVC is not one: its "sub-layer non-reference"
@@ -292,6 +292,8 @@ class _Decoder:
             for packet in self._container.demux(self._stream):
                 if packet.size:
                     yield packet
+        except TOO_SLOW as error:
+            raise self._source.too_slow() from error
         except BROKEN_OFF:
             return  # As the index found as well.
 

@@ -16,6 +16,9 @@ import av.error
 MAX_PIXELS = 1 << 26
 """Pixels of a picture, 8192 x 8192; larger ones are refused, whoever decodes them."""
 
+TOO_SLOW = (av.error.ExitError, av.error.TimeoutError)
+"""What FFmpeg raises where a server does not answer in time."""
+
 TEXT = frozenset({"tty"})
 """FFmpeg's formats that draw a text file."""
 
@@ -117,9 +120,7 @@ class Source:
             VideoError: if FFmpeg does not recognise it, it is text, or it does not answer in time.
         """
         where = self.location if self.file is None else self.fresh_file()
-        options = {"max_pixels": str(MAX_PIXELS)}
-        if self.is_remote:
-            options["rw_timeout"] = str(round(self.timeout * 1e6))
+        options = {"rw_timeout": str(round(self.timeout * 1e6))} if self.is_remote else {}
         try:
             container = av.open(
                 where,
@@ -127,7 +128,7 @@ class Source:
                 metadata_errors="ignore",
                 timeout=self.timeout if self.is_remote else None,
             )
-        except (av.error.ExitError, av.error.TimeoutError) as error:
+        except TOO_SLOW as error:
             raise self.too_slow() from error
         except (av.error.FFmpegError, OSError, ValueError) as error:
             if isinstance(error, VideoError):

@@ -1,5 +1,6 @@
 """What a file says of its own length: whether its end is missing."""
 
+from operator import itemgetter
 from typing import BinaryIO
 
 from hico.video_io.mp4 import boxes
@@ -18,8 +19,9 @@ def is_cut_off(file: BinaryIO, end: int, container: str) -> bool:
 
 
 def _mov(file: BinaryIO, end: int) -> bool:
-    past = max((past for _, _, past in boxes(file, end)), default=0)
-    return past > end
+    last = max(boxes(file, end), key=itemgetter(1), default=None)
+    # A fragment's tables alone lack what they describe.
+    return last is not None and (last[2] > end or last[0] == b"moof")
 
 
 def _matroska(file: BinaryIO, end: int) -> bool:
