@@ -1,10 +1,10 @@
-"""Decoding, sampling and resizing against the published path: decord at full size, then PIL.
+"""Decoding, sampling and resizing against the published path (decord at full size, then PIL) and today's readers.
 
-    python benchmarks/decode.py [--quick] [--repeats 3] [--videos FOLDER]
+    python benchmarks/decode.py [--quick] [--repeats 3] [--case WORD] [--videos FOLDER]
 
 Each measurement is a fresh process, so that the peak of its resident memory is its own; what the imports take is
-subtracted. On a busy machine compare CPU times. Without decord, PyAV at full size stands in for it. The videos are
-made on the first run and kept.
+subtracted. On a busy machine compare CPU times. Ways whose package is missing are left out; without decord, PyAV at
+full size stands in for the published path. The videos are made on the first run and kept.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import av
@@ -32,26 +32,36 @@ SIZE = 224
 
 @dataclass(frozen=True)
 class Clip:
-    """A video to make: h264, a keyframe every 250 frames, B-frames, drifting blocks under noise."""
+    """A video to make: a keyframe every 250 frames, drifting blocks under noise; long ones repeat a minute."""
 
     name: str
     seconds: int
     height: int
     width: int
     fps: int = 30
+    codec: str = "libx264"
 
     def write(self, folder: Path) -> Path:
         path = folder / f"{self.name}_{self.seconds}s.mp4"
         if path.exists():
             return path
         print(f"  making {path} ...", flush=True)
+        unfinished = path.with_suffix(".part.mp4")
+        if self.seconds > 600:
+            _repeat(replace(self, seconds=60).write(folder), self.seconds // 60, unfinished)
+        else:
+            self._encode(unfinished)
+        unfinished.rename(path)
+        return path
+
+    def _encode(self, path: Path) -> None:
         random = np.random.default_rng(0)
         blocks = random.integers(0, 256, (self.height // 4, self.width // 4, 3), np.uint8).repeat(8, 0).repeat(8, 1)
         noises = random.integers(-24, 24, (4, self.height, self.width, 3), np.int16)
-        unfinished = path.with_suffix(".part.mp4")
-        with av.open(str(unfinished), "w") as container:
-            options = {"preset": "veryfast", "crf": "23"}
-            stream = container.add_stream("libx264", rate=self.fps, options=options)
+        options = {"libx264": {"preset": "veryfast", "crf": "23"}}
+        options["libx265"] = {"preset": "ultrafast", "x265-params": "log-level=none"}
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream(self.codec, rate=self.fps, options=options[self.codec])
             stream.height, stream.width, stream.pix_fmt = self.height, self.width, "yuv420p"
             stream.codec_context.gop_size = 250
             for number in range(self.seconds * self.fps):
@@ -61,26 +71,59 @@ class Clip:
                 picture = np.clip(view + noises[number % 4], 0, 255).astype(np.uint8)
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             container.mux(stream.encode(None))
-        unfinished.rename(path)
-        return path
+
+
+def _repeat(source: Path, times: int, path: Path) -> None:
+    """Write a video several times in a row, without coding it again."""
+    with av.open(str(source)) as read:
+        stream = read.streams.video[0]
+        length = stream.duration
+        with av.open(str(path), "w") as write:
+            copy = write.add_stream_from_template(stream)
+            for number in range(times):
+                read.seek(0)
+                for packet in read.demux(stream):
+                    if packet.size:
+                        packet.pts, packet.dts = packet.pts + number * length, packet.dts + number * length
+                        packet.stream = copy
+                        write.mux(packet)
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way of getting the frames, run in a process of its own."""
+    """One way of getting the frames, run in a process of its own.
+
+    Args:
+        name: what it is called.
+        kind: ``published``, ``hico``, ``torchcodec``, ``decord`` or ``pyav``.
+        paths: the videos.
+        num_frames: frames of each.
+        start: seconds, where the part of the video begins.
+        end: seconds; None for the whole video.
+        settings: of ``read_video``.
+    """
 
     name: str
-    path: str
+    kind: str
+    paths: list[str]
     num_frames: int
-    published: bool = False
+    start: float | None = None
+    end: float | None = None
     settings: dict = field(default_factory=dict)
 
+    @property
+    def is_here(self) -> bool:
+        return self.kind not in {"torchcodec", "decord"} or importlib.util.find_spec(self.kind) is not None
+
     def run(self) -> torch.Tensor:
-        if not self.published:
-            return read_video(self.path, num_frames=self.num_frames, size=SIZE, clip_len=1, **self.settings).frames
-        pictures = _decord_full(self) if has_decord() else _pyav_full(self)
-        resized = [Image.fromarray(picture).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for picture in pictures]
-        return torch.from_numpy(np.stack([np.asarray(image) for image in resized])).permute(0, 3, 1, 2)
+        read = {"hico": _hico, "torchcodec": _torchcodec, "decord": _decord, "pyav": _pyav, "published": _published}
+        return torch.cat([read[self.kind](self, path) for path in self.paths])
+
+    def wanted(self, num_frames: int, fps: float) -> list[int]:
+        """Return the frames, at a constant rate."""
+        first = round((self.start or 0) * fps)
+        last = num_frames if self.end is None else round(self.end * fps)
+        return [first + number for number in sample_frames(last - first, fps, num_frames=self.num_frames, clip_len=1)]
 
     def measure(self) -> dict:
         """Run in a fresh process."""
@@ -92,20 +135,70 @@ def has_decord() -> bool:
     return importlib.util.find_spec("decord") is not None
 
 
-def _decord_full(way: Way) -> np.ndarray:
+def _hico(way: Way, path: str) -> torch.Tensor:
+    settings = {"num_frames": way.num_frames, "size": SIZE, "clip_len": 1, **way.settings}
+    return read_video(path, start=way.start, end=way.end, **settings).frames
+
+
+def _published(way: Way, path: str) -> torch.Tensor:
+    pictures = _decord_full(way, path) if has_decord() else _pyav_full(way, path)
+    resized = [Image.fromarray(picture).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for picture in pictures]
+    return torch.from_numpy(np.stack([np.asarray(image) for image in resized])).permute(0, 3, 1, 2)
+
+
+def _decord_full(way: Way, path: str) -> np.ndarray:
     import decord
 
-    reader = decord.VideoReader(way.path, num_threads=1)
-    return reader.get_batch(sample_frames(len(reader), reader.get_avg_fps(), num_frames=way.num_frames)).asnumpy()
+    reader = decord.VideoReader(path, num_threads=1)
+    return reader.get_batch(way.wanted(len(reader), reader.get_avg_fps())).asnumpy()
 
 
-def _pyav_full(way: Way) -> np.ndarray:
-    with av.open(way.path) as container:
+def _pyav_full(way: Way, path: str) -> np.ndarray:
+    with av.open(path) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
-        wanted = set(sample_frames(stream.frames, float(stream.average_rate), num_frames=way.num_frames))
+        wanted = set(way.wanted(stream.frames, float(stream.average_rate)))
         frames = enumerate(container.decode(stream))
         return np.stack([frame.to_ndarray(format="rgb24") for number, frame in frames if number in wanted])
+
+
+def _torchcodec(way: Way, path: str) -> torch.Tensor:
+    """Its usual code: all frames at full size, then torch's filter."""
+    from torchcodec.decoders import VideoDecoder
+
+    decoder = VideoDecoder(path, num_ffmpeg_threads=way.settings.get("num_threads", 1))
+    wanted = way.wanted(len(decoder), decoder.metadata.average_fps)
+    frames = decoder.get_frames_at(wanted).data
+    return torch.nn.functional.interpolate(frames, (SIZE, SIZE), mode="bicubic", antialias=True)
+
+
+def _decord(way: Way, path: str) -> torch.Tensor:
+    """At size, by swscale."""
+    import decord
+
+    reader = decord.VideoReader(path, width=SIZE, height=SIZE, num_threads=way.settings.get("num_threads", 1))
+    frames = reader.get_batch(way.wanted(len(reader), reader.get_avg_fps())).asnumpy()
+    return torch.from_numpy(frames).permute(0, 3, 1, 2)
+
+
+def _pyav(way: Way, path: str) -> torch.Tensor:
+    """A plain loop: one seek to the beginning, then every frame up to the last one wanted, at a constant rate."""
+    pictures = []
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = way.settings.get("num_threads", 1)
+        fps = float(stream.average_rate)
+        wanted = way.wanted(stream.frames, fps)
+        container.seek(round(wanted[0] / fps / stream.time_base), stream=stream)
+        missing = set(wanted)
+        for frame in container.decode(stream):
+            number = round(frame.pts * stream.time_base * fps)
+            if number in missing:
+                missing.discard(number)
+                pictures.append(frame.to_ndarray(format="rgb24", width=SIZE, height=SIZE, threads=1))
+            if not missing:
+                break
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
 def _peak_bytes() -> int:
@@ -115,7 +208,7 @@ def _peak_bytes() -> int:
 
 
 def run_here(way: Way) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(way.settings.get("num_threads", 1))
     before = _peak_bytes()
     start, busy = time.perf_counter(), time.process_time()
     frames = way.run()
@@ -128,17 +221,18 @@ def run_here(way: Way) -> None:
 
 def compare(title: str, ways: list[Way], repeats: int) -> None:
     """Print all ways and their ratios to the first one."""
-    results = {way.name: [] for way in ways}
+    results = {way.name: [] for way in ways if way.is_here}
     for _ in range(repeats):
         for way in ways:
-            results[way.name].append(way.measure())
+            if way.is_here:
+                results[way.name].append(way.measure())
     print(f"\n{title}")
-    print(f"  {'':42} {'time':>9} {'faster':>7} {'CPU time':>9} {'less':>7} {'memory':>9} {'less':>7}  pixels")
+    print(f"  {'':42} {'time':>9} {'ratio':>7} {'CPU time':>9} {'ratio':>7} {'memory':>9} {'ratio':>7}  pixels")
     base = {}
     for name, runs in results.items():
         best = {key: min(run[key] for run in runs) for key in ("seconds", "busy", "megabytes")}
         base = base or {**best, "digest": runs[0]["digest"]}
-        ratios = {key: base[key] / best[key] for key in best}
+        ratios = {key: best[key] / base[key] for key in best}
         pixels = "identical" if {run["digest"] for run in runs} == {base["digest"]} else "differ"
         print(
             f"  {name:42} {best['seconds']:7.2f} s {ratios['seconds']:6.2f}x {best['busy']:7.2f} s "
@@ -147,10 +241,30 @@ def compare(title: str, ways: list[Way], repeats: int) -> None:
         )
 
 
+def ways_of(
+    paths: list[str], num_frames: int, *, published: bool = False, threads: int = 1, **part: float
+) -> list[Way]:
+    """Return hico's default, to which the others are compared, its other settings, and what else there is."""
+    default = {"num_threads": threads}
+    ways = [
+        ("hico", "hico", default),
+        ('hico, scaler="fast"', "hico", {**default, "scaler": "fast"}),
+        ("torchcodec, then torch", "torchcodec", default),
+        ("decord at size", "decord", default),
+        ("a plain PyAV loop", "pyav", default),
+    ]
+    if published:
+        ways.append(("decord full size, then PIL" if has_decord() else "PyAV full size, then PIL", "published", {}))
+        ways.append(("hico, exact=False", "hico", {**default, "exact": False}))
+    return [Way(name, kind, paths, num_frames, settings=settings, **part) for name, kind, settings in ways]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tenth of the length, to try the script")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--case", default="", help="only the cases whose title has this word")
     parser.add_argument("--videos", type=Path, default=Path(tempfile.gettempdir()) / "hico-benchmark")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -160,28 +274,28 @@ def main() -> None:
 
     args.videos.mkdir(parents=True, exist_ok=True)
     shorter = 10 if args.quick else 1
-    published = "decord full size, then PIL" if has_decord() else "PyAV full size, then PIL (no decord here)"
-    clip = Clip("720p30", 60 // shorter, 720, 1280)
-    path = str(clip.write(args.videos))
-    for num_frames in (64 // shorter, 512 // shorter):
-        ways = [
-            Way(published, path, num_frames, published=True),
-            Way("hico, 1 thread", path, num_frames, settings={"num_threads": 1}),
-            Way("hico, 2 threads", path, num_frames, settings={"num_threads": 2}),
-            Way("hico, 1 thread, fast scaler", path, num_frames, settings={"num_threads": 1, "scaler": "fast"}),
-        ]
-        compare(f"{num_frames} frames of {clip.seconds} s of 1280x720, to {SIZE} px", ways, args.repeats)
-
-    clip = Clip("360p30", 600 // shorter, 360, 640)
-    path = str(clip.write(args.videos))
-    for num_frames in (600 // shorter, 64 // shorter):
-        ways = [
-            Way(published, path, num_frames, published=True),
-            Way("hico, 1 thread", path, num_frames, settings={"num_threads": 1}),
-            Way("hico, 2 threads", path, num_frames, settings={"num_threads": 2}),
-            Way("hico, 1 thread, exact=False", path, num_frames, settings={"num_threads": 1, "exact": False}),
-        ]
-        compare(f"{num_frames} frames of {clip.seconds} s of 640x360, to {SIZE} px", ways, args.repeats)
+    hd, minutes = Clip("720p30", 60 // shorter, 720, 1280), Clip("360p30", 600 // shorter, 360, 640)
+    short, hevc = Clip("clip", 2, 360, 640), Clip("hevc", 60 // shorter, 720, 1280, codec="libx265")
+    half_hour, two_hours = (Clip("long", seconds, 360, 640) for seconds in (1800, 7200))
+    cases = [
+        (hd, 1, 64 // shorter, {"published": True}),
+        (hd, 1, 512 // shorter, {"published": True}),
+        (minutes, 1, 600 // shorter, {"published": True}),
+        (minutes, 1, 64 // shorter, {"published": True}),
+        (short, 200 // shorter, 16, {}),
+        (half_hour, 1, 16, {"start": 1500.0, "end": 1508.0}),
+        (two_hours, 1, 16, {"start": 6000.0, "end": 6008.0}),
+        (hevc, 1, 64 // shorter, {}),
+        (two_hours, 1, 64, {}),
+    ]
+    for clip, times, num_frames, settings in cases:
+        many = f" of each of {times} videos" if times > 1 else ""
+        part = f", {settings['start']:.0f} to {settings['end']:.0f} s" if "start" in settings else ""
+        kind = f"{clip.seconds} s of {clip.width}x{clip.height} {clip.codec[3:]}"
+        title = f"{num_frames} frames{many} of {kind}{part}, to {SIZE} px, {args.threads} thread"
+        if args.case in title:
+            paths = [str(clip.write(args.videos))] * times
+            compare(title, ways_of(paths, num_frames, threads=args.threads, **settings), args.repeats)
 
 
 if __name__ == "__main__":
