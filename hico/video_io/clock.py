@@ -1,7 +1,6 @@
 """The order and times of display, from the packets' stamps, which may be guessed, missing, shared or start anew."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -32,6 +31,7 @@ class Timeline:
             first jump.
         places: ``(P,)`` int64, the frame of each packet; -1 where it is not shown. Where ``is_counted``, only how many
             are before it in the file.
+        numbers: ``(F,)`` int64, the packet of each frame, unless ``is_counted``.
         starts: where decoding can begin, in order of display; the first one leads to frame 0.
         is_counted: whether the order is known only once frames are decoded, and then counted.
         num_jumps: times that the clock went back or jumped.
@@ -40,16 +40,11 @@ class Timeline:
 
     ticks: np.ndarray
     places: np.ndarray
+    numbers: np.ndarray
     starts: tuple[Start, ...]
     is_counted: bool
     num_jumps: int
     num_shared: int
-
-    @cached_property
-    def numbers(self) -> np.ndarray:
-        """The packet of each frame, unless frames are counted."""
-        shown = np.flatnonzero(self.places >= 0)
-        return shown[np.argsort(self.places[shown])]
 
 
 def arrange(packets: Packets, *, tick: float, frame_ticks: float) -> Timeline | None:
@@ -91,13 +86,15 @@ def arrange(packets: Packets, *, tick: float, frame_ticks: float) -> Timeline | 
         if leading.any():
             shown, ticks = shown & ~leading, ticks[leading.sum() :]
     places = np.full(len(packets), -1)
-    places[np.flatnonzero(shown)[np.argsort(order[shown], kind="stable")]] = np.arange(shown.sum())
+    numbers = np.flatnonzero(shown)[np.argsort(order[shown], kind="stable")]
+    places[numbers] = np.arange(len(numbers))
     if not len(ticks):
         return None
     return Timeline(
         ticks=_spread(ticks, frame_ticks),
         places=places,
-        starts=_starts(packets, order, shown, is_counted=is_counted),
+        numbers=numbers,
+        starts=_starts(packets, order, numbers, is_counted=is_counted),
         is_counted=is_counted,
         num_jumps=len(jumps),
         num_shared=len(shared),
@@ -207,7 +204,7 @@ def _filled(stamps: np.ndarray, frame_ticks: float) -> np.ndarray:
     """Sort the stamps of a part, with even steps where some are missing."""
     known = np.flatnonzero(~np.isnan(stamps))
     if len(known) == len(stamps):
-        return np.sort(stamps)
+        return np.sort(stamps, kind="stable")  # Fast where they are nearly in order.
     numbers = np.arange(len(stamps))
     if not len(known):
         return numbers * frame_ticks
@@ -241,13 +238,12 @@ def _spread(ticks: np.ndarray, frame_ticks: float) -> np.ndarray:
     return np.repeat(times, counts) + inside * np.repeat(room / counts, counts)
 
 
-def _starts(packets: Packets, order: np.ndarray, shown: np.ndarray, *, is_counted: bool) -> tuple[Start, ...]:
+def _starts(packets: Packets, order: np.ndarray, in_order: np.ndarray, *, is_counted: bool) -> tuple[Start, ...]:
     """Number the keyframes by the frame that they lead to; an edit list may hide the first one itself."""
     begins = packets.is_key & (((packets.flags & CLOSED) > 0) | (not is_counted)) & ~np.isnan(order.astype(float))
     numbers = np.flatnonzero(begins)
     numbers = numbers[np.argsort(order[numbers], kind="stable")]
-    positions = np.searchsorted(np.sort(order[shown]), order[numbers])
-    in_order = np.flatnonzero(shown)[np.argsort(order[shown], kind="stable")]
+    positions = np.searchsorted(order[in_order], order[numbers])
     # An edit list may show what stands before: no frame from a start on may come earlier in the file.
     earliest = np.minimum.accumulate(in_order[::-1])[::-1]
     starts = {0: 0}

@@ -5,8 +5,8 @@ packet, never by a stamp: stamps may be shared, start anew, and differ after a s
 """
 
 import os
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import av
@@ -74,6 +74,7 @@ class VideoIndex:
         packets: the packets of the stream; None for a folder.
         timeline: their order; None for a folder.
         has_leading: whether frames come after a keyframe in the file and are shown before it (open GOPs).
+        opened: the container, at most one, that the index was read from; the first who decodes may take and seek it.
         notes: what is wrong with the file and was mended, each to be said once.
     """
 
@@ -84,7 +85,15 @@ class VideoIndex:
     packets: Packets | None = None
     timeline: Timeline | None = None
     has_leading: bool = False
+    opened: list[av.container.InputContainer] = field(default_factory=list, compare=False, repr=False)
     notes: tuple[str, ...] = ()
+
+    def take_opened(self) -> av.container.InputContainer | None:
+        """Return the open container to the first who asks, from any thread."""
+        try:
+            return self.opened.pop()
+        except IndexError:
+            return None
 
     @property
     def can_seek(self) -> bool:
@@ -132,7 +141,8 @@ def build_index(source: Source) -> VideoIndex:
         length = file.seek(0, os.SEEK_END) if file else 0
         tables = read_tables(file, length) if file else []
         _refuse_claims(source, tables, length)
-        with source.open() as container:
+        with ExitStack() as stack:
+            container = stack.enter_context(source.open())
             name = short_name(container)
             is_short = bool(file) and is_cut_off(file, length, name)
             stream = best_video_stream(container, source)
@@ -161,6 +171,7 @@ def build_index(source: Source) -> VideoIndex:
                     f"its codec ({packets.codec}) is not supported. Fetch it again, or convert it with ffmpeg"
                 )
             seconds = (timeline.ticks - timeline.ticks[0]) * tick
+            stack.pop_all()  # Left open for whoever decodes; it closes with the index otherwise.
             return VideoIndex(
                 info=_info(source, packets, taken[0], seconds, declared, _last_duration(packets, timeline, tick)),
                 seconds=seconds,
@@ -169,6 +180,7 @@ def build_index(source: Source) -> VideoIndex:
                 packets=packets,
                 timeline=timeline,
                 has_leading=_has_leading(packets, timeline),
+                opened=[container],
                 notes=tuple(_notes(packets, timeline, seconds, is_short=is_short)),
             )
 

@@ -178,8 +178,8 @@ class _Decoder:
     def __init__(self, source: Source, index: VideoIndex, num_threads: int, *, seeks: bool):
         self._source, self._index, self._num_threads = source, index, num_threads
         self._packets, self._timeline = index.packets, index.timeline
-        self.seeks = seeks
-        self._container = None
+        self.seeks, self._next = seeks, None
+        self._container = index.take_opened() if seeks and num_threads == 1 else None
         self._open()
 
     def close(self) -> None:
@@ -298,13 +298,16 @@ class _Decoder:
             return  # As the index found as well.
 
     def _open(self) -> None:
-        if self._container is not None:
-            self._container.close()
-        self._container = self._source.open()
+        is_used = self._container is not None and self._next is None
+        if not is_used:
+            if self._container is not None:
+                self._container.close()
+            self._container = self._source.open()
         self._stream = best_video_stream(self._container, self._source)
-        self._stream.codec_context.thread_count = self._num_threads
-        self._stream.codec_context.thread_type = "AUTO" if self._num_threads > 1 else "SLICE"
-        self._demuxed, self._next = self._demux(), 0
+        if not is_used:
+            self._stream.codec_context.thread_count = self._num_threads
+            self._stream.codec_context.thread_type = "AUTO" if self._num_threads > 1 else "SLICE"
+        self._demuxed, self._next = self._demux(), -1 if is_used else 0
 
 
 class _Counter:
