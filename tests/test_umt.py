@@ -187,6 +187,39 @@ def test_umt_resizes_positions_even_if_a_clip_has_as_many_tokens_as_the_pretrain
     torch.testing.assert_close(table, sixteen_steps.flatten(1, 2))
 
 
+def positions_seen(encoder: UMTEncoder, *, num_frames: int, side: int) -> Tensor:
+    """Return the position table that an encoder adds: what enters the first block without pixels and bias."""
+    seen = []
+    nn.init.zeros_(encoder.patch_embed.proj.bias)
+    hook = encoder.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        encoder(torch.zeros(1, num_frames, 3, side, side))
+    hook.remove()
+    return seen[0][0]
+
+
+def share_of_fine_places_nearest_their_own(encoder: UMTEncoder, *, num_frames: int) -> float:
+    """Say how many of 8 x 8 patches have the position of the one of 4 x 4 that covers them nearest."""
+    coarse, fine = (positions_seen(encoder, num_frames=num_frames, side=side) for side in (32, 64))
+    own = torch.arange(len(coarse)).view(num_frames, 4, 4).repeat_interleave(2, 1).repeat_interleave(2, 2).flatten()
+    return float((torch.cdist(fine, coarse).argmin(dim=-1) == own).float().mean())
+
+
+@pytest.mark.parametrize("num_frames", [1, 4])
+def test_larger_frames_find_positions_between_those_that_were_trained(num_frames):
+    """A table of 14 x 14, sampled at 4 x 4 without antialiasing, says little about the table of 8 x 8."""
+    straight, by_way = (tiny(hidden_size=64, trained_side=side) for side in (None, 4))
+    assert share_of_fine_places_nearest_their_own(straight, num_frames=num_frames) < 0.6
+    assert share_of_fine_places_nearest_their_own(by_way, num_frames=num_frames) == 1
+
+
+def test_positions_at_the_trained_side_are_those_of_the_pretrained_table():
+    straight, by_way = (
+        positions_seen(tiny(trained_side=side), num_frames=3, side=32).contiguous() for side in (None, 4)
+    )
+    assert torch.equal(straight, by_way)
+
+
 def test_an_image_takes_the_first_step_of_the_pretrained_positions():
     video = position_table((4, 6, 6), 8, pretrained_grid=(4, 14, 14))
     encoder, seen = tiny(hidden_size=8, num_heads=1), []

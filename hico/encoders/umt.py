@@ -49,6 +49,10 @@ class UMTEncoder(VideoTransformer):
         pretrained_frames: steps of the position table in pretraining; an image takes the first one.
         pretrained_side: rows and columns of that table. If omitted, as published: those of a 224-pixel frame if
             ``image_size`` is 224, otherwise 14. The same for patches of 16.
+        trained_side: rows and columns of the frames that the encoder was trained with since, if they are fewer. The
+            table is brought to that size first, and from there to the frames', so that larger frames get positions
+            between those that were trained. As published, a table goes to any size at one step; sampled much more
+            coarsely than it is (14 x 14 at 4 x 4), it then says little about sizes between.
         attn_implementation: ``"sdpa"``, ``"flash_attention_2"`` or ``"eager"``.
 
     Raises:
@@ -74,6 +78,7 @@ class UMTEncoder(VideoTransformer):
         final_norm: bool = True,
         pretrained_frames: int = 4,
         pretrained_side: int | None = None,
+        trained_side: int | None = None,
         attn_implementation: str = "sdpa",
     ):
         super().__init__(
@@ -91,6 +96,7 @@ class UMTEncoder(VideoTransformer):
         )
         side = pretrained_side or (image_size // patch_size if image_size == 224 else 14)
         self.pretrained_grid: Grid = (pretrained_frames, side, side)
+        self.trained_side = trained_side
         self.vision_layernorm = nn.LayerNorm(hidden_size, eps=1e-12) if final_norm else nn.Identity()
 
     def forward(self, clips_NTCHW: Tensor) -> Tensor:
@@ -108,6 +114,7 @@ class UMTEncoder(VideoTransformer):
             grid,
             self.hidden_size,
             pretrained_grid=(1 if grid[0] == 1 else steps, rows, columns),
+            trained_side=self.trained_side,
             device=like.device,
             dtype=like.dtype,
         )

@@ -40,6 +40,7 @@ def position_table(
     width: int,
     *,
     pretrained_grid: Grid,
+    trained_side: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
@@ -51,6 +52,7 @@ def position_table(
         grid: steps, rows and columns wanted.
         width: width D of a token.
         pretrained_grid: the grid whose raster positions ``0, 1, 2, ...`` the encoder was trained with.
+        trained_side: rows and columns to go by, see `hico.encoders.umt.UMTEncoder`; at one step if omitted.
         device: where the table goes; it is always computed on the CPU, so it is the same everywhere.
         dtype: dtype of the result; the table is computed in float32 from float64 angles.
 
@@ -60,6 +62,10 @@ def position_table(
     Source: Li et al., "Unmasked Teacher", arXiv:2303.16058; resizing as in the release of VideoChat-Flash.
     """
     table_LD = sinusoid_table(math.prod(pretrained_grid), width)
+    if trained_side:
+        trained_grid = (pretrained_grid[0], trained_side, trained_side)
+        table_LD = resize_positions(table_LD, trained_grid, pretrained_grid=pretrained_grid)
+        pretrained_grid = trained_grid
     table_LD = resize_positions(table_LD, grid, pretrained_grid=pretrained_grid)
     return table_LD[None].contiguous().to(device=device, dtype=dtype)
 
