@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hico.configuration_hico import HicoConfig
 from hico.data.mixture import read_mixture
 from hico.processing_hico import HicoProcessor
 from hico.tiny.corpus import CorpusSize, long_story, write_corpus
@@ -161,3 +162,11 @@ def test_the_recipes_go_from_short_to_long_to_high_resolution(corpus, monkeypatc
     assert stage3.max_frames >= 4 * stage2.max_frames
     assert stage4.image_size == 2 * stage3.image_size
     assert "llm" not in stage4.trainable
+
+
+def test_the_encoder_takes_positions_for_high_resolution_from_those_it_learned(corpus, monkeypatch):
+    monkeypatch.setenv("TINY", str(corpus))
+    encoder = HicoConfig.from_pretrained(corpus / "model").encoder
+    assert {recipe.image_size // encoder["patch_size"] for recipe in load_recipes(RECIPE)[:-1]} == {
+        encoder["trained_side"]
+    }

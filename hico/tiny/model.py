@@ -50,6 +50,7 @@ def write_untrained(folder: str | Path, *, seed: int = 0) -> Path:
             "name": "umt",
             "image_size": 48,
             "patch_size": 12,
+            "trained_side": 4,
             "hidden_size": WIDTH,
             "depth": 3,
             "num_heads": 2,
