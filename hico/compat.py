@@ -18,7 +18,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -248,6 +247,8 @@ def attention_call(
     Raises:
         UnsupportedDecoder: if attention is computed elsewhere, or with something beside what `AttentionCall` holds.
     """
+    from transformers import AttentionInterface  # loads what may still be loading when this module is
+
     AttentionInterface.register(_CAPTURE, _stop)
     given = {name: value for name, value in kwargs.items() if not isinstance(value, Cache)} | {"attention_mask": None}
     try:

@@ -1,5 +1,8 @@
 """What we lean on of transformers' insides is there, or one error names the version."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import transformers
@@ -24,3 +27,9 @@ def test_a_method_that_is_gone_is_named_with_the_version():
 def test_a_model_whose_loaded_names_are_kept_elsewhere_is_not_saved_under_them():
     with pytest.raises(RuntimeError, match="_weight_conversions"):
         save_under_own_names(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("name", ["AutoProcessor", "AutoModelForImageTextToText", "AutoConfig", "Trainer"])
+def test_hico_may_be_imported_before_anything_of_transformers(name):
+    code = f"import hico; from transformers import {name}; hico.HicoModel"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -50,8 +50,16 @@ def test_a_small_run_logs_what_its_steps_are_made_of(folder):
     assert {"eval_loss_of_first", "eval_loss_of_last"} <= evaluations[0].keys()
 
 
-def test_the_best_model_is_loaded_with_one_line(folder):
-    common = {"eval_data": str(folder / "mix.yaml"), "learning_rate": 5.0, "lr_scheduler_type": "constant"}
+def test_the_best_model_is_loaded_with_one_line(folder, monkeypatch):
+    losses, evaluate = [2.0, 1.0, 3.0], HicoTrainer.evaluation_loop
+
+    def with_loss(self, *args, **kwargs):
+        output = evaluate(self, *args, **kwargs)
+        output.metrics["eval_loss"] = losses.pop(0)
+        return output
+
+    monkeypatch.setattr(HicoTrainer, "evaluation_loop", with_loss)
+    common = {"eval_data": str(folder / "mix.yaml"), "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
     recipe = make(folder, **common, load_best_model_at_end=True, num_train_epochs=3)
     for key in ("logging_steps", "save_strategy"):
         del recipe.arguments[key]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hico.compat import UnsupportedDecoder, arguments, check_decoder, find_cache, replace_loss_function
@@ -18,6 +17,9 @@ from hico.llm_dropout.schedule import DropSchedule
 from hico.llm_dropout.survivors import SCOPES
 from hico.ops.dropping import span_ids
 from hico.registry import DROP_POLICIES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies depend on the number of tokens, which differs between layers."""
@@ -98,7 +100,7 @@ def find_decoder(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
             "holds no decoder with `layers` and one `rotary_emb` for them; "
             "pass a model built like Qwen2, Qwen3, Llama or Mistral",
         )
-    is_causal_lm = isinstance(holder, PreTrainedModel) and holder.get_output_embeddings() is not None
+    is_causal_lm = hasattr(holder, "get_output_embeddings") and holder.get_output_embeddings() is not None
     return module, holder if is_causal_lm else None
 
 
