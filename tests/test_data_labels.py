@@ -15,7 +15,7 @@ from hico.tokenizer import add_placeholders
 
 ENDS = {"llama3": "<|eot_id|>", "mistral": "</s>", "gemma": "<end_of_turn>"}
 THOUGHT = {"qwen3": "<think>\n\n</think>\n\n"}
-QWEN2_FILES = Path("/work/shared/releases/videochat-flash-7b-448")
+QWEN2_FILES = Path(__file__).parents[2] / "shared" / "releases" / "videochat-flash-7b-448"
 
 
 def processor_of(family):
