@@ -62,6 +62,37 @@ SIZES = {
     "num_kv_shared_layers": 0,
 }
 
+STATE_SPACE = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8, "mamba_expand": 2}
+SLIDING = {
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "sliding_window_size": WINDOW,
+}
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+OVERRIDES = {
+    "BambaForCausalLM": {"attn_layer_indices": [1, 3], **STATE_SPACE},
+    "CohereCompassForCausalLM": {
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+        "rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE},
+    },
+    "FalconH1ForCausalLM": {"mamba_d_ssm": 64, **STATE_SPACE},
+    "Gemma4ForCausalLM": {"hidden_size_per_layer_input": 0},
+    "GraniteMoeHybridForCausalLM": {"layer_types": ["linear_attention", "full_attention"] * 2, **STATE_SPACE},
+    "Inkling2ForCausalLM": {**SLIDING, "d_rel": 4, "rel_extent": 16, "unpadded_vocab_size": 61},
+    "KimiLinearForCausalLM": {"linear_head_dim": 8, "linear_num_heads": 4, "num_experts_per_token": 2},
+    "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "Mamba2ForCausalLM": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8},
+    "Qwen4ExpForCausalLM": {
+        **{"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2},
+        **{"linear_num_value_heads": 4, "hc_lowrank": 8, "hc_count": 2, "indexer_n_heads": 2, "indexer_kv_heads": 1},
+        **{"indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2},
+    },
+    "RecurrentGemmaForCausalLM": {"lru_width": 32, "attention_window_size": WINDOW, "block_types": ["attention"]},
+    "ZayaForCausalLM": {"num_experts_per_tok": 1, "router_hidden_size": 8},
+}
+"""Fields of configurations that `SIZES` does not fit."""
+
 
 def causal_lms() -> list[str]:
     """Name the classes behind `AutoModelForCausalLM`."""
@@ -69,8 +100,12 @@ def causal_lms() -> list[str]:
     return sorted({name for entry in names for name in ([entry] if isinstance(entry, str) else entry)})
 
 
-def build_tiny(name: str):
+def build_tiny(name: str, **overrides):
     """Build a class with random weights and four layers, where its configuration takes the sizes.
+
+    Args:
+        name: of the class.
+        overrides: fields of its configuration.
 
     Raises:
         Exception: of any kind, where it does not.
@@ -81,15 +116,16 @@ def build_tiny(name: str):
         raise ValueError(f"{name} is made of several models")
     torch.manual_seed(0)
     default = config_class()
+    default.allow_global_per_layer_attribute_access = True  # of sizes that differ between layers by default
     fixed = {key for key, value in vars(config_class).items() if isinstance(value, property) and value.fset is None}
     sizes = {key: value for key, value in SIZES.items() if key not in fixed and hasattr(default, key)}
     if "kv_lora_rank" in sizes:
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]  # keys are expanded for every head
     kinds = getattr(default, "layer_types", None)
-    if kinds is not None and "layer_types" not in fixed:
+    if kinds is not None and config_class.attribute_map.get("layer_types", "layer_types") not in fixed:
         known = list(dict.fromkeys(kinds))
         sizes["layer_types"] = [known[place % len(known)] for place in range(NUM_LAYERS)]
-    config = config_class(**sizes)
+    config = config_class(**{**sizes, **OVERRIDES.get(name, {}), **overrides})
     config._attn_implementation = "eager"
     with torch.device("meta"):
         num_parameters = sum(parameter.numel() for parameter in model_class(config).parameters())
