@@ -118,18 +118,21 @@ def replace_loss_function(model: nn.Module, function: Callable) -> Callable[[], 
     before = dict(vars(model))
     model.loss_function = function  # a property, which stores it under a name of its own
     changed = [name for name, value in vars(model).items() if before.get(name) is not value]
-
-    def undo() -> None:
-        for name in changed:
-            if name in before:
-                vars(model)[name] = before[name]
-            else:
-                delattr(model, name)
-
-    return undo
+    return partial(_restore, model, changed, {name: before[name] for name in changed if name in before})
 
 
-def causal_mask(config: Any, hidden_states: Tensor, valid: Tensor | None, cache: Cache | None, layer: int) -> Any:
+def _restore(model: nn.Module, changed: list[str], before: dict[str, Any]) -> None:
+    """Undo for a model, or for its copy: a partial is copied with its model, where a closure would keep the first."""
+    for name in changed:
+        if name in before:
+            vars(model)[name] = before[name]
+        else:
+            delattr(model, name)
+
+
+def causal_mask(
+    config: Any, hidden_states: Tensor, valid: Tensor | None, cache: Cache | None, layer: int, *, required: bool
+) -> Any:
     """Make the attention mask of a layer, in the form that the decoder's attention takes.
 
     Args:
@@ -138,10 +141,12 @@ def causal_mask(config: Any, hidden_states: Tensor, valid: Tensor | None, cache:
         valid: bool ``(B, past + N)``, False at padding; None if there is none.
         cache: that the layer continues, or None.
         layer: its index.
+        required: whether the layer must have one even where its attention function knows causality itself, since it
+            adds to it, as Doge's does.
     """
     create = create_causal_mask if sliding_window(config, layer) is None else create_sliding_window_causal_mask
     given = {"inputs_embeds": hidden_states, "attention_mask": valid, CACHE_NAME: cache, "layer_idx": layer}
-    return create(config=config, **given)
+    return create(config=config, allow_is_causal_skip=not required, **given)
 
 
 # Decoders
@@ -153,6 +158,12 @@ def sliding_window(config: Any, layer: int) -> int | None:
     if kinds is not None and kinds[layer] != "sliding_attention":
         return None
     return getattr(config, "sliding_window", None)
+
+
+def query_scale_start(config: Any) -> int | None:
+    """Say after how many tokens queries are scaled by their position, as Ministral 3's are; None if they never are."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope.get("original_max_position_embeddings") if rope.get("llama_4_scaling_beta") else None
 
 
 def check_decoder(decoder: nn.Module) -> None:
@@ -168,6 +179,8 @@ def check_decoder(decoder: nn.Module) -> None:
             raise UnsupportedDecoder(layer_type, f"takes {', '.join(others)}, which dropping does not know to shorten")
         if missing := sorted({"hidden_states", "attention_mask", "position_embeddings"} - names):
             raise UnsupportedDecoder(layer_type, f"does not take {', '.join(missing)}, which dropping has to change")
+    if any(getattr(module, "is_causal", None) is False for layer in decoder.layers for module in layer.modules()):
+        raise UnsupportedDecoder(decoder, "lets tokens attend to those after them")
     takes_kwargs = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(decoder.forward).parameters.values())
     if not takes_kwargs:
         raise UnsupportedDecoder(
@@ -266,8 +279,8 @@ def attention_call(
         unknown.append("attention_mask")
     if unknown:
         raise UnsupportedDecoder(layer, f"attends by {', '.join(unknown)} too, which scores would miss; use 'uniform'")
-    if not (rest.get("is_causal") in (None, True) and getattr(module, "is_causal", True)):
-        raise UnsupportedDecoder(layer, "lets tokens attend to those after them; use 'uniform'")
+    if rest.get("is_causal") is False:
+        raise UnsupportedDecoder(layer, "lets tokens attend to those after them")
     if rest.get("sliding_window", window) != window:
         raise UnsupportedDecoder(layer, f"sees {rest['sliding_window']} tokens where its config says {window}")
     scaling = rest.get("scaling")

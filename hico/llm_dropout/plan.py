@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from hico.compat import UnsupportedDecoder, arguments, causal_mask, find_cache, rotary_embeddings, sliding_window
+from hico.compat import (
+    UnsupportedDecoder,
+    arguments,
+    causal_mask,
+    find_cache,
+    query_scale_start,
+    rotary_embeddings,
+    sliding_window,
+)
 from hico.llm_dropout.cache import Held, await_update, check_layers, read_held
 from hico.llm_dropout.policies import DropPolicy
 from hico.llm_dropout.queries import IGNORED_LABEL, QUERY_ROWS
@@ -103,6 +111,13 @@ class DropPlan:
         self._num_seen = cache.get_seq_length() if cache is not None else 0
         self._segments: dict[int, Segment] = {}
         check_layers(cache)
+        scaled_from = query_scale_start(decoder.config)
+        if scaled_from is not None and rules.positions == "keep" and self._num_seen + self._length > scaled_from:
+            raise UnsupportedDecoder(
+                decoder,
+                f"scales queries by their position beyond {scaled_from} tokens, which positions='keep' would number "
+                "otherwise than their rotary embedding; use positions='renumber'",
+            )
         self._attention_mask = self._check_mask(attention_mask)
         self._layers = [stage.layer for stage in rules.schedule.stages]
         self._held = read_held(cache, self._layers, len(decoder.layers), self._attention_mask)
@@ -195,7 +210,7 @@ class DropPlan:
                 await_update(cache, index, self._holds_next(segment))
         if segment.is_whole:
             return hidden_states, given
-        mask = self._mask(segment, index, hidden_states, cache)
+        mask = self._mask(segment, index, hidden_states, cache, required=given["attention_mask"] is not None)
         return hidden_states, self._at_positions(segment, index, hidden_states, given) | {"attention_mask": mask}
 
     def finish(self) -> None:
@@ -323,7 +338,9 @@ class DropPlan:
             changed["position_embeddings"] = segment.memo[kind]
         return {name: changed.get(name, value) for name, value in given.items()}
 
-    def _mask(self, segment: Segment, index: int, hidden_states: Tensor, cache: Cache | None) -> Any:
+    def _mask(
+        self, segment: Segment, index: int, hidden_states: Tensor, cache: Cache | None, *, required: bool
+    ) -> Any:
         window = sliding_window(self._decoder.config, index)
         if window is not None and self._num_seen and self._is_padded and window < self._num_seen + self._length:
             raise ValueError(
@@ -332,7 +349,9 @@ class DropPlan:
             )
         kind = "mask", window
         if kind not in segment.memo:
-            segment.memo[kind] = causal_mask(self._decoder.config, hidden_states, segment.valid_BM, cache, index)
+            segment.memo[kind] = causal_mask(
+                self._decoder.config, hidden_states, segment.valid_BM, cache, index, required=required
+            )
         return segment.memo[kind]
 
     # Facts
