@@ -132,7 +132,8 @@ def build_tiny(name: str, **overrides):
     if num_parameters > 2_000_000:
         raise ValueError(f"{name} has {num_parameters} parameters")
     model = model_class(config).eval()
-    reports_sinks = name not in ("GraniteMoeSWAForCausalLM",)  # its eager attention returns weights without them
+    # Their eager attention returns weights without sinks.
+    reports_sinks = name not in ("GraniteMoeSWAForCausalLM", "GraniteSWAForCausalLM")
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.ndim < 2 and not parameter.any():
