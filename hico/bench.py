@@ -7,17 +7,12 @@ import ctypes
 import gc
 import json
 import sys
-import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-    from hico.llm_dropout import DropSchedule
+from typing import Any
 
 TABLE_7 = (
     "none",
@@ -30,6 +25,8 @@ TABLE_7 = (
 """Schedules that the paper compares in its Table 7, beginning with no dropping."""
 M_MMAP_THRESHOLD = -3
 """Of ``mallopt`` in glibc."""
+FORGET_PEAK = "5"
+"""To ``clear_refs`` of Linux: begin the peak of resident memory anew."""
 NARROW = {
     "vocab_size": 1024,
     "hidden_size": 512,
@@ -61,44 +58,6 @@ COLUMNS: dict[str, tuple[str, float, str]] = {
     "peak_bytes": ("peak MiB", 2**20, ".0f"),
 }
 """Field of `Cost` -> heading, unit, format."""
-
-
-def lengths_per_layer(schedule: DropSchedule, *, num_layers: int, num_visual: int, num_text: int) -> list[int]:
-    """Count the tokens that enter each layer for a prompt with one video.
-
-    Args:
-        schedule: its stages are taken to keep what they ask for, as every policy but "none" does.
-        num_layers: of the decoder.
-        num_visual: visual tokens of the prompt.
-        num_text: its other tokens.
-    """
-    from hico.ops.dropping import keep_count
-
-    kept, lengths = num_visual, []
-    drops = {stage.layer: stage for stage in schedule.stages if stage.policy != "none"}
-    for layer in range(num_layers):
-        if layer in drops:
-            keep = drops[layer].keep
-            kept = min(kept, keep if isinstance(keep, int) else max(1, keep_count(num_visual, keep)))
-        lengths.append(kept + num_text)
-    return lengths
-
-
-def prefill_flops(config: PreTrainedConfig, lengths: Sequence[int]) -> float:
-    """Count the floating-point operations of a prefill, two per multiply-add.
-
-    Matrix products alone: projections, MLP, the causal half of attention, and logits of the last position.
-
-    Args:
-        config: of a decoder with a gated MLP, as Qwen2's.
-        lengths: tokens that enter each layer.
-    """
-    width = config.hidden_size
-    head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
-    query_width, key_width = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    weights = 2 * width * (query_width + key_width) + 3 * width * config.intermediate_size
-    layers = sum(2 * length * weights + 2 * length * (length + 1) * query_width for length in lengths)
-    return layers + 2 * width * config.vocab_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -152,6 +111,7 @@ def bench_drop(args: argparse.Namespace) -> tuple[dict[str, Any], list[Cost]]:
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     from hico.configuration_hico import HicoConfig
+    from hico.costs import Decoder, lengths_per_layer
     from hico.llm_dropout import DropSchedule, patch
     from hico.rotary import keep_rotary_in_float32
 
@@ -184,7 +144,7 @@ def bench_drop(args: argparse.Namespace) -> tuple[dict[str, Any], list[Cost]]:
                 else:  # warms up, too
                     memory[schedule] = _weigh(model, embeds, visual_mask)
     _show_progress("")
-    costs = []
+    costs, decoder = [], Decoder.of(config)
     for schedule in schedules:
         lengths = lengths_per_layer(
             schedule,
@@ -194,7 +154,7 @@ def bench_drop(args: argparse.Namespace) -> tuple[dict[str, Any], list[Cost]]:
         )
         prefill, decode = zip(*rounds[schedule], strict=True)
         # Other work on the machine only adds, so the least of the rounds is nearest to the truth.
-        costs.append(Cost(str(schedule), prefill_flops(config, lengths), min(prefill), min(decode), *memory[schedule]))
+        costs.append(Cost(str(schedule), decoder.prefill_flops(lengths), min(prefill), min(decode), *memory[schedule]))
     settings = {name: value for name, value in vars(args).items() if name not in ("run", "json", "schedules")}
     return {**settings, "device": str(device), "dtype": str(dtype), "torch": torch.__version__}, costs
 
@@ -234,7 +194,7 @@ class MemoryWatch:
     """Watch memory for the time of a ``with`` block.
 
     Args:
-        device: a CUDA device; or the CPU, where the process is looked at every millisecond, on Linux only.
+        device: a CUDA device; or the CPU, where the system remembers the most that this process held, on Linux only.
     """
 
     rise: float | None = None
@@ -242,10 +202,10 @@ class MemoryWatch:
 
     def __init__(self, device):
         self.device = device
-        self._sampler: threading.Thread | None = None
 
     def __enter__(self) -> MemoryWatch:
         gc.collect()
+        self._before = None
         if self.device.type == "cuda":
             import torch
 
@@ -256,10 +216,9 @@ class MemoryWatch:
             libc = ctypes.CDLL(None)
             libc.mallopt(M_MMAP_THRESHOLD, 2**16)
             libc.malloc_trim(0)
-            self._before = self._highest = _anonymous_bytes()
-            self._done = threading.Event()
-            self._sampler = threading.Thread(target=self._sample, daemon=True)
-            self._sampler.start()
+            with suppress(OSError):  # some containers do not let a process forget its peak
+                Path("/proc/self/clear_refs").write_text(FORGET_PEAK)
+                self._before = _resident_bytes("VmRSS")
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -267,21 +226,15 @@ class MemoryWatch:
             import torch
 
             self.rise = float(torch.cuda.max_memory_allocated(self.device) - self._before)
-        elif self._sampler is not None:
-            self._done.set()
-            self._sampler.join()
-            self.rise = self._highest - self._before
+        elif self._before is not None:
+            self.rise = _resident_bytes("VmHWM") - self._before
             ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**25)
 
-    def _sample(self) -> None:
-        while not self._done.wait(0.001):
-            self._highest = max(self._highest, _anonymous_bytes())
 
-
-def _anonymous_bytes() -> float:
-    """Return the resident memory of this process without mapped files, which the system drops when it likes."""
+def _resident_bytes(which: str) -> float:
+    """Return the resident memory of this process: ``VmRSS`` now, ``VmHWM`` at most."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024.0 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+    return 1024.0 * int(next(line for line in lines if line.startswith(which)).split()[1])
 
 
 def _show_progress(text: str) -> None:
@@ -307,7 +260,12 @@ def format_table(costs: list[Cost]) -> str:
             value, ratio = getattr(cost, name), ratios[name]
             cells.append("?" if value is None else f"{value / unit:{style}} ({ratio:.3f})" if ratio else "0")
         rows.append(cells)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(headings))]
+    return lay_out(rows)
+
+
+def lay_out(rows: Sequence[Sequence[str]]) -> str:
+    """Lay out rows of text as a table; the first column stands on the left, the others on the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(
             cell.ljust(width) if not place else cell.rjust(width)

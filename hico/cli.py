@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="hico", description="Hierarchical compression of long video.")
     parser.add_argument("--version", action="version", version=f"hico {hico.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for add in (_add_chat, _add_demo, _add_convert, _add_inspect, _add_bench, _add_merge_lora):
+    for add in (_add_chat, _add_demo, _add_convert, _add_inspect, _add_plan, _add_bench, _add_merge_lora):
         add(commands)
     for command in commands.choices.values():
         command.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="import yours first")
@@ -75,6 +75,13 @@ def _add_inspect(commands) -> None:
     parser = commands.add_parser("inspect", help="say what a checkpoint is", description=about)
     parser.add_argument("checkpoint", help="a folder, or a file of weights")
     parser.set_defaults(run=_inspect)
+
+
+def _add_plan(commands) -> None:
+    from hico import plan
+
+    about = "Print operations, KV cache and memory of a model at so many frames, by arithmetic: nothing is run."
+    plan.add_arguments(commands.add_parser("plan", help="what a model costs at so many frames", description=about))
 
 
 def _add_bench(commands) -> None:

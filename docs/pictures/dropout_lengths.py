@@ -7,7 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from hico.bench import lengths_per_layer
+from hico.costs import lengths_per_layer
 from hico.llm_dropout import DropSchedule
 
 NUM_LAYERS, NUM_VISUAL, NUM_TEXT = 28, 4096, 64
