@@ -112,7 +112,10 @@ COMPRESSORS = Registry(
     "compressor",
     {
         "token_merge": "hico.compressors.token_merge:TokenMergeCompressor",
+        "temporal_merge": "hico.compressors.temporal_merge:TemporalMergeCompressor",
         "pooling": "hico.compressors.pooling:PoolingCompressor",
+        "uneven": "hico.compressors.uneven:UnevenCompressor",
+        "resampler": "hico.compressors.resampler:ResamplerCompressor",
         "identity": "hico.compressors.identity:IdentityCompressor",
     },
 )

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import golden_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,12 +13,19 @@ from torch import Tensor
 
 from hico.compressors.identity import IdentityCompressor
 from hico.compressors.pooling import PoolingCompressor
+from hico.compressors.resampler import ResamplerCompressor
+from hico.compressors.temporal_merge import TemporalMergeCompressor
 from hico.compressors.token_merge import TokenMergeCompressor
+from hico.compressors.uneven import UnevenCompressor
+from hico.ops.positions import sinusoid_table
 from hico.registry import COMPRESSORS
 
 TINY = {
     "token_merge": {"tokens_per_frame": 4, "tokens_per_image": 8},
+    "temporal_merge": {"tokens_per_frame": 10},
     "pooling": {"stride": 2},
+    "uneven": {"first_tokens": 16, "other_tokens": 4, "tokens_per_image": 9},
+    "resampler": {"tokens_per_frame": 3},
     "identity": {},
 }
 """Small settings of every compressor; clips of 3 x 4 x 6 tokens and images of 1 x 5 x 4 must be possible."""
@@ -218,8 +226,117 @@ def test_pooling_settings_that_cannot_work_are_named():
         PoolingCompressor(hidden_size=4, num_heads=1, tokens_per_frame=15)
     with pytest.raises(ValueError, match="stride 0 must be at least 1"):
         PoolingCompressor(hidden_size=4, num_heads=1, stride=0)
-    with pytest.raises(ValueError, match=r"'mean'; known: average, max"):
+    with pytest.raises(ValueError, match=r"'mean'; known: average, max, bilinear"):
         PoolingCompressor(hidden_size=4, num_heads=1, mode="mean")
+
+
+@pytest.mark.parametrize("mode", ["average", "max", "bilinear"])
+def test_pooling_over_time_takes_windows_of_steps_together_and_leaves_images(mode):
+    tokens, kind = torch.randn(2, 4 * 6 * 6, 8), torch.amax if mode == "max" else torch.mean
+    frames = PoolingCompressor(hidden_size=8, num_heads=1, mode=mode)(tokens, (4, 6, 6)).unflatten(1, (2, 2, 9))
+    pooling = PoolingCompressor(hidden_size=8, num_heads=1, mode=mode, temporal_stride=2)
+    pooled = pooling(tokens, (4, 6, 6))
+    assert pooled.shape[1] == pooling.num_output_tokens((4, 6, 6)) == 18
+    torch.testing.assert_close(pooled, kind(frames, dim=2).flatten(1, 2))
+    assert pooling.num_output_tokens((1, 6, 6)) == 9
+    with pytest.raises(ValueError, match="3 steps of time do not split into windows of 2"):
+        pooling.num_output_tokens((3, 6, 6))
+
+
+def test_bilinear_pooling_samples_the_middle_of_each_window():
+    pooling = PoolingCompressor(hidden_size=1, num_heads=1, stride=3, mode="bilinear")
+    tokens = torch.randn(1, 36, 1)
+    middles = tokens.view(6, 6)[1::3, 1::3]
+    torch.testing.assert_close(pooling(tokens, (1, 6, 6)).view(2, 2), middles)
+
+
+@pytest.mark.parametrize("name", ["pooling", "resampler", "temporal_merge", "token_merge", "uneven"])
+@pytest.mark.parametrize("tokens_per_frame", [16, 49, 196])
+def test_a_frame_takes_the_tokens_of_the_papers_or_the_error_says_what_it_can_take(name, tokens_per_frame):
+    images = {"tokens_per_image": 64} if name == "token_merge" else {}
+    settings = {"name": name, "tokens_per_frame": tokens_per_frame, **images}
+    compressor, grid = COMPRESSORS.build(settings, hidden_size=8, num_heads=2), (4, 14, 14)
+    if (name, tokens_per_frame) in {("temporal_merge", 16), ("uneven", 16), ("uneven", 196)}:
+        told = {"temporal_merge": "leaves 49 to 196", "uneven": "tokens_per_frame can be .*13"}[name]
+        if tokens_per_frame == 196:
+            told = "tokens_per_frame can be"
+        with pytest.raises(ValueError, match=told):
+            compressor.num_output_tokens(grid)
+        return
+    assert compressor.num_output_tokens(grid) == 4 * tokens_per_frame
+    assert compressor(torch.randn(1, 4 * 196, 8), grid).shape == (1, 4 * tokens_per_frame, 8)
+
+
+# uneven, temporal_merge, resampler ---------------------------------------------------------------------------------
+
+
+def test_uneven_pools_the_first_frame_finely_and_the_others_coarsely():
+    uneven = UnevenCompressor(hidden_size=8, num_heads=1, tokens_per_frame=49)
+    tokens, grid = torch.randn(2, 4 * 196, 8), (4, 14, 14)
+    assert uneven.sides_of(grid) == [11, 5, 5, 5]
+    frames = tokens.unflatten(1, (4, 196))
+    fine, coarse = (PoolingCompressor(hidden_size=8, num_heads=1, tokens_per_frame=n) for n in (121, 25))
+    expected = [fine(frames[:, 0], (1, 14, 14)), *(coarse(frames[:, t], (1, 14, 14)) for t in (1, 2, 3))]
+    torch.testing.assert_close(uneven(tokens, grid), torch.cat(expected, dim=1))
+    with pytest.raises(ValueError, match="frames of 3 x 4 tokens are too small for 4 x 4"):
+        UnevenCompressor(hidden_size=8, num_heads=1, first_tokens=16, other_tokens=4).num_output_tokens((2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{}, {"first_tokens": 9}, {"tokens_per_frame": 4, "first_tokens": 9, "other_tokens": 4}]
+)
+def test_uneven_wants_one_way_of_saying_its_budget(wrong):
+    with pytest.raises(ValueError, match=r"give tokens_per_frame .* or both first_tokens"):
+        UnevenCompressor(hidden_size=8, num_heads=1, **wrong)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 5), st.integers(1, 6), st.integers(0, 10**6), st.data())
+def test_merging_over_time_averages_the_most_similar_neighbours_of_each_place(steps, places, seed, data):
+    num_keep = steps * data.draw(st.integers(-(-places // steps), places))
+    tokens = torch.randn(steps, places, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    links = [
+        (-float(torch.cosine_similarity(tokens[t, p], tokens[t - 1, p], dim=0)), t, p)
+        for t in range(1, steps)
+        for p in range(places)
+    ]
+    held = {(t, p) for _, t, p in sorted(links)[: steps * places - num_keep]}
+    groups: dict[tuple[int, int], list] = {}
+    first = {}
+    for t in range(steps):
+        for p in range(places):
+            first[t, p] = first[t - 1, p] if (t, p) in held else (t, p)
+            groups.setdefault(first[t, p], []).append(tokens[t, p])
+    expected = torch.stack([torch.stack(members).mean(dim=0) for members in groups.values()])
+    merge = TemporalMergeCompressor(hidden_size=4, num_heads=1, tokens_per_frame=num_keep // steps)
+    torch.testing.assert_close(merge(tokens.flatten(0, 1)[None], (steps, 1, places))[0], expected)
+
+
+def test_merging_over_time_leaves_images_whole():
+    tokens = torch.randn(1, 12, 8)
+    assert TemporalMergeCompressor(hidden_size=8, num_heads=2, tokens_per_frame=4)(tokens, (1, 3, 4)) is tokens
+
+
+def test_the_resampler_reads_by_content_and_tells_times_apart():
+    torch.manual_seed(0)
+    resampler, grid = ResamplerCompressor(hidden_size=16, num_heads=2, tokens_per_frame=3).double(), (2, 3, 4)
+    tokens = torch.randn(1, 24, 16, dtype=torch.float64)
+    weights = {name: value.double() for name, value in resampler.state_dict().items()}
+    times, rows, columns = (sinusoid_table(n, 16).double() for n in grid)
+    keys = F.layer_norm(tokens[0], (16,)) + torch.stack(
+        [times[t] + rows[h] + columns[w] for t in range(2) for h in range(3) for w in range(4)]
+    )
+    read = []
+    for t in range(2):
+        for query in F.layer_norm(weights["queries"], (16,)):
+            q = weights["q_proj.weight"] @ (query + times[t]) + weights["q_proj.bias"]
+            heads = []
+            for head in (slice(0, 8), slice(8, 16)):
+                k = keys @ weights["k_proj.weight"][head].T
+                v = F.layer_norm(tokens[0], (16,)) @ weights["v_proj.weight"][head].T + weights["v_proj.bias"][head]
+                heads.append(torch.softmax(k @ q[head] / 8**0.5, dim=0) @ v)
+            read.append(weights["out_proj.weight"] @ torch.cat(heads) + weights["out_proj.bias"])
+    torch.testing.assert_close(resampler(tokens, grid)[0], torch.stack(read))
 
 
 def test_identity_returns_the_tokens_themselves():

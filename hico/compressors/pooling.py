@@ -1,20 +1,14 @@
 """Pool neighbouring tokens of a frame, as LongVA does."""
 
-import math
-from collections.abc import Callable
-
-import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor
 
 from hico.compressors.base import Compressor
-
-WINDOWS: dict[str, Callable] = {"average": F.avg_pool2d, "max": F.max_pool2d}
-SQUARES: dict[str, Callable] = {"average": F.adaptive_avg_pool2d, "max": F.adaptive_max_pool2d}
+from hico.ops.pooling import SQUARES, WINDOWS, check_mode, square_side
 
 
 class PoolingCompressor(Compressor):
-    """Pool each frame's tokens over rows and columns; time is left alone.
+    """Pool each frame's tokens over rows and columns, and over time if asked.
 
     Has no weights. Tokens come out time-major, then rows.
 
@@ -25,7 +19,8 @@ class PoolingCompressor(Compressor):
             ``tokens_per_frame`` is given.
         tokens_per_frame: a square number; the frame is pooled to so many tokens whatever its size, with windows that
             overlap where sides do not divide.
-        mode: ``"average"`` or ``"max"``.
+        mode: ``"average"``, ``"max"`` or ``"bilinear"`` (which samples the map at the middle of each window).
+        temporal_stride: steps of time per window, which are averaged, or their maximum taken; an image has but one.
 
     Raises:
         ValueError: if the settings do not fit.
@@ -41,23 +36,18 @@ class PoolingCompressor(Compressor):
         stride: int | None = None,
         tokens_per_frame: int | None = None,
         mode: str = "average",
+        temporal_stride: int = 1,
     ):
         super().__init__()
         if stride is not None and tokens_per_frame is not None:
             raise ValueError(f"give stride ({stride}) or tokens_per_frame ({tokens_per_frame}), not both")
-        if stride is not None and stride < 1:
-            raise ValueError(f"stride {stride} must be at least 1")
-        side = math.isqrt(max(0, tokens_per_frame or 0))
-        if tokens_per_frame is not None and (side < 1 or side**2 != tokens_per_frame):
-            raise ValueError(
-                f"tokens_per_frame {tokens_per_frame} is not a square number; "
-                f"use {max(1, side) ** 2} or {(side + 1) ** 2}"
-            )
-        if mode not in WINDOWS:
-            raise ValueError(f"unknown pooling mode {mode!r}; known: {', '.join(WINDOWS)}")
-        self.side = side or None
-        self.stride = None if side else stride or 2
-        self.mode = mode
+        for setting, value in (("stride", stride), ("temporal_stride", temporal_stride)):
+            if value is not None and value < 1:
+                raise ValueError(f"{setting} {value} must be at least 1")
+        self.side = None if tokens_per_frame is None else square_side(tokens_per_frame, "tokens_per_frame")
+        self.stride = None if self.side else stride or 2
+        self.mode = check_mode(mode)
+        self.temporal_stride = temporal_stride
 
     def num_output_tokens(self, grid: tuple[int, int, int]) -> int:
         """See ``Compressor.num_output_tokens``."""
@@ -65,7 +55,8 @@ class PoolingCompressor(Compressor):
         if min(rows, columns) < (self.side or self.stride):
             wanted = f"{self.side} x {self.side} tokens" if self.side else f"windows of {self.stride} x {self.stride}"
             raise ValueError(f"frames of {rows} x {columns} tokens are too small for {wanted}; use larger frames")
-        return steps * self.side**2 if self.side else steps * (rows // self.stride) * (columns // self.stride)
+        windows = steps // self._steps_per_window(steps)
+        return windows * self.side**2 if self.side else windows * (rows // self.stride) * (columns // self.stride)
 
     def forward(self, tokens_NLD: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """See ``Compressor.forward``."""
@@ -74,4 +65,12 @@ class PoolingCompressor(Compressor):
         steps, rows, columns = grid
         maps = rearrange(tokens_NLD, "n (t h w) d -> (n t) d h w", t=steps, h=rows, w=columns)
         pooled = SQUARES[self.mode](maps, self.side) if self.side else WINDOWS[self.mode](maps, self.stride)
-        return rearrange(pooled, "(n t) d h w -> n (t h w) d", t=steps)
+        window = self._steps_per_window(steps)
+        kind = "max" if self.mode == "max" else "mean"
+        return reduce(pooled, "(n t s) d h w -> n (t h w) d", kind, t=steps // window, s=window)
+
+    def _steps_per_window(self, steps: int) -> int:
+        window = self.temporal_stride if steps > 1 else 1
+        if steps % window:
+            raise ValueError(f"{steps} steps of time do not split into windows of {window}; change temporal_stride")
+        return window

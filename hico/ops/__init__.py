@@ -11,7 +11,15 @@ from hico.ops.dropping import (
     top_keep_indices,
     uniform_keep_indices,
 )
-from hico.ops.merging import MergePlan, apply_merge, match_tokens, merge_tokens, plan_merge, similarity_metric
+from hico.ops.merging import (
+    MergePlan,
+    apply_merge,
+    match_tokens,
+    merge_tokens,
+    plan_merge,
+    plan_merge_over_time,
+    similarity_metric,
+)
 
 __all__ = [
     "MergePlan",
@@ -22,6 +30,7 @@ __all__ = [
     "merge_tokens",
     "pack_rows",
     "plan_merge",
+    "plan_merge_over_time",
     "query_row_scores",
     "random_keep_indices",
     "share_budget",

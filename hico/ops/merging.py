@@ -119,6 +119,41 @@ def plan_merge(metric_NLC: Tensor, num_keep: int, *, order: str = "similarity") 
     return MergePlan(assignment_NL, sizes_NK.scatter_add_(1, assignment_NL, torch.ones_like(assignment_NL)))
 
 
+@torch.no_grad()
+def plan_merge_over_time(metric_NLC: Tensor, num_keep: int, *, num_steps: int) -> MergePlan:
+    """Decide which tokens of one place to merge over time, in one round.
+
+    Each token is linked to that of the same place one step before. The ``L - num_keep`` links of highest cosine
+    similarity hold, ties going to the earliest; tokens along unbroken links make one output token. Output tokens stand
+    by their first member, so in order of time, then place. A row's plan is the same alone and in any batch.
+
+    Args:
+        metric_NLC: what to compare, time-major; see ``similarity_metric``.
+        num_keep: output tokens K, ``L / num_steps <= K <= L``: one place is never merged with another.
+        num_steps: steps of time T.
+
+    Raises:
+        ValueError: if ``num_keep`` is out of range.
+    """
+    num_rows, num_tokens, _ = metric_NLC.shape
+    num_places = num_tokens // num_steps
+    if not num_places <= num_keep <= num_tokens:
+        raise ValueError(
+            f"cannot merge {num_tokens} tokens over time into {num_keep}; ask for {num_places} to {num_tokens}"
+        )
+    units = _units(_finite(metric_NLC)).unflatten(1, (num_steps, num_places))
+    similarity = (units[:, 1:] * units[:, :-1]).sum(dim=-1).flatten(1)
+    rank = similarity.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    holds = F.pad((rank < num_tokens - num_keep), (num_places, 0))
+    assignment_NL = (~holds).cumsum(dim=1) - 1
+    by_step = assignment_NL.unflatten(1, (num_steps, num_places))
+    for step in range(1, num_steps):
+        joined = holds.unflatten(1, (num_steps, num_places))[:, step]
+        by_step[:, step] = torch.where(joined, by_step[:, step - 1], by_step[:, step])
+    sizes_NK = assignment_NL.new_zeros(num_rows, num_keep)
+    return MergePlan(assignment_NL, sizes_NK.scatter_add_(1, assignment_NL, torch.ones_like(assignment_NL)))
+
+
 def apply_merge(tokens_NLD: Tensor, plan: MergePlan) -> Tensor:
     """Average the input tokens of each output token.
 
@@ -171,6 +206,11 @@ def _finite(metric_NLC: Tensor) -> Tensor:
     return torch.nan_to_num(metric_NLC.double(), nan=0.0, posinf=0.0, neginf=0.0)
 
 
+def _units(vectors: Tensor) -> Tensor:
+    norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return (vectors * (_UNIT / norms.clamp_min(torch.finfo(norms.dtype).tiny))).round_()
+
+
 def _merge_in_rounds(sums_NLC: Tensor, num_keep: int) -> Tensor:
     num_rows, num_tokens, _ = sums_NLC.shape
     assignment_NL = torch.arange(num_tokens, device=sums_NLC.device).expand(num_rows, -1)
@@ -188,8 +228,7 @@ def _merge_in_rounds(sums_NLC: Tensor, num_keep: int) -> Tensor:
 
 
 def _match(sums_NLC: Tensor, num_merge: int) -> Tensor:
-    norms = torch.linalg.vector_norm(sums_NLC, dim=-1, keepdim=True)
-    units_NLC = (sums_NLC * (_UNIT / norms.clamp_min(torch.finfo(norms.dtype).tiny))).round_()
+    units_NLC = _units(sums_NLC)
     sources, targets = units_NLC[:, 0::2], units_NLC[:, 1::2]
     best, target = _most_similar(sources, targets)
 
