@@ -1,6 +1,5 @@
 """`StageTrainer`: `transformers.Trainer` that obeys signals and whose checkpoints are complete or absent."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +15,6 @@ from hico.compat import require
 from hico.train import checkpoint
 from hico.train.safeguards import BadRows, StopOnSignal, workers_end_with_training
 
-PROGRESS = "progress.json"
 _TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
 
 
@@ -66,7 +64,6 @@ class StageTrainer(Trainer):
         self.stop_on_signal, self.has_begun = StopOnSignal(), False
         # The parent class removes checkpoints of its own accord when training ends: also the one after a signal.
         self.save_total_limit, args.save_total_limit = args.save_total_limit, None
-        self._loss_sum, self._last_logged = torch.zeros(()), 0
         self._asked_rates: list[float] = []
         self._rates: list[float] = []
         # TensorBoard would begin another run at every restart.
@@ -102,10 +99,8 @@ class StageTrainer(Trainer):
         self.train(resume_from_checkpoint=str(last) if last else None)
 
     def restore(self, last: Path | None) -> None:
-        """Go back to what a checkpoint says of bad rows and progress, beside all that transformers restores."""
+        """Go back to what a checkpoint says of bad rows, beside all that transformers restores."""
         self.bad_rows.load(last)
-        if last is not None:
-            self.load_progress(json.loads((last / PROGRESS).read_text()))
 
     def create_scheduler(self, *args, **kwargs):
         """Make the schedule, and note the rates that it begins with: a checkpoint would put its own in their place."""
@@ -114,9 +109,8 @@ class StageTrainer(Trainer):
         return schedule
 
     def go_on_as_asked(self) -> None:
-        """Give what a checkpoint restored the learning rates and intervals of this run, and the place of its best."""
+        """Give what a checkpoint restored the learning rates and intervals of this run."""
         self.state.compute_steps(self.args, self.state.max_steps)
-        self._locate_best()
         schedule = self.lr_scheduler
         if not isinstance(schedule, LambdaLR) or schedule.base_lrs == self._asked_rates:
             return
@@ -131,35 +125,11 @@ class StageTrainer(Trainer):
         """Note the learning rates of the step that is made, one per group of parameters."""
         self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
 
-    def training_step(self, *args, **kwargs) -> Tensor:
-        """Return the loss of a micro-batch, and add it to what is logged next."""
-        loss = super().training_step(*args, **kwargs)
-        self._loss_sum = self._loss_sum + loss.detach()
-        return loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the mean loss of all steps since the last log, whether or not the run was stopped between them."""
-        if "loss" in logs:
-            logs["loss"] = self._mean_loss_sum() / (self.state.global_step - self._last_logged)
-            self._loss_sum, self._last_logged = torch.zeros(()), self.state.global_step
-        super().log(logs, start_time)
-
-    def progress(self) -> dict[str, Any]:
-        """Return what was added up since the last log; all devices ask together."""
-        return {"loss_sum": self._mean_loss_sum(), "last_logged": self._last_logged}
-
-    def load_progress(self, progress: Mapping[str, Any]) -> None:
-        """Go on adding up where a checkpoint was written."""
-        self._loss_sum, self._last_logged = torch.tensor(progress["loss_sum"]), progress["last_logged"]
-
     def sum_over_devices(self, values: Tensor) -> Tensor:
         """Return the sum over devices, on the CPU."""
         if self.args.world_size == 1:
             return values.cpu()
         return self.accelerator.reduce(values.to(self.args.device), reduction="sum").cpu()
-
-    def _mean_loss_sum(self) -> float:
-        return self.sum_over_devices(self._loss_sum).item() / self.args.world_size
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Take the batches of one step from the loader; none if a run of ``max_steps`` is resumed after its last."""
@@ -215,16 +185,10 @@ class StageTrainer(Trainer):
             finally:
                 self._staging = None
             self.bad_rows.save(staged)
-            self._locate_best()
-            progress = self.progress()
+            if self.state.best_global_step:
+                # It was written into the folder that has no name yet.
+                self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{self.state.best_global_step}")
             if self.args.should_save:
-                (staged / PROGRESS).write_text(json.dumps(progress))
                 self.state.save_to_json(str(staged / "trainer_state.json"))
         if self.args.should_save:
             checkpoint.rotate(output_dir, self.save_total_limit, keep=self.state.best_model_checkpoint)
-
-    def _locate_best(self) -> None:
-        """Say where the best checkpoint is: in the output folder, whatever folder it was written or first lay in."""
-        if self.state.best_global_step:
-            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-            self.state.best_model_checkpoint = str(best)

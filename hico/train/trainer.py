@@ -170,7 +170,9 @@ class HicoTrainer(StageTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Report the meter and every part's learning rate beside the loss."""
         if "loss" in logs:
-            self._take_time()
+            now = time.perf_counter()
+            self.meter.add(seconds=now - self._since)
+            self._since = now
             rates = dict(zip(self._parts, self._rates, strict=False))
             logs |= {f"learning_rate_{part}": rate for part, rate in rates.items()}
             common = [rate for part, rate in rates.items() if part not in self.recipe.part_learning_rates]
@@ -179,22 +181,6 @@ class HicoTrainer(StageTrainer):
             memory = torch.tensor([peak_memory()], device=self.args.device)
             logs["peak_memory_gib"] = self.accelerator.gather(memory).max().item()
         super().log(logs, start_time)
-
-    def progress(self) -> dict[str, Any]:
-        """See `StageTrainer.progress`."""
-        self._take_time()
-        return {**super().progress(), "meter": self.meter.totals(self.sum_over_devices)}
-
-    def load_progress(self, progress: Mapping[str, Any]) -> None:
-        """See `StageTrainer.load_progress`; the sums over devices become those of the first."""
-        super().load_progress(progress)
-        if self.args.process_index == 0:
-            self.meter.add(**progress["meter"])
-
-    def _take_time(self) -> None:
-        now = time.perf_counter()
-        self.meter.add(seconds=now - self._since)
-        self._since = now
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
