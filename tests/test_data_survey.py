@@ -58,7 +58,7 @@ def test_malformed_rows_are_reported_together_or_left_out(tmp_path, caplog):
     mixture = Mixture([spec], check_files=False, on_bad_sample="skip")
     assert [mixture.record(index).modality for index in range(len(mixture))] == ["video", "text"]
     assert "left out 5 malformed row(s)" in caplog.text
-    assert mixture.manifest()["datasets"][0]["rows_taken"] == 2
+    assert mixture.manifest()[0]["rows_taken"] == 2
 
 
 def test_a_run_that_skips_bad_rows_skips_malformed_ones(folder):

@@ -65,7 +65,7 @@ def test_a_run_goes_on_wherever_its_folders_lie(tmp_path, monkeypatch):
 )
 def test_another_optimizer_is_refused_on_resuming(finished, changes):
     last = finished / "out/final"
-    asked = {**read_manifest(last), "settings": {**read_manifest(last)["settings"], **changes}}
+    asked = {**read_manifest(last), "recipe": {**read_manifest(last)["recipe"], **changes}}
     key, value = next(iter(changes.items()))
     with pytest.raises(
         ValueError, match=f"holds the optimizer of other settings: {key} was .* and is {re.escape(repr(value))}"

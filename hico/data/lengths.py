@@ -1,5 +1,6 @@
 """How many tokens rows take: estimated without opening their media, or measured by their headers and indices."""
 
+import hashlib
 import json
 import logging
 import os
@@ -60,7 +61,8 @@ def measure_lengths(mixture: Mixture, processor: HicoProcessor, settings: RowSet
         ``(n,)`` int64, at most ``max_length``; no row has more tokens.
     """
     stats = [_stat(source) for index in range(len(mixture)) for source in mixture.sources(index)]
-    told = [mixture.manifest()["datasets"], stats, processor.tokenizer.backend_tokenizer.to_str()]
+    rows = hashlib.sha256(mixture.rows.tobytes()).hexdigest()
+    told = [mixture.manifest(), rows, stats, processor.tokenizer.backend_tokenizer.to_str()]
     told += [processor.chat_template, processor.to_dict(), vars(settings), [vars(d.spec) for d in mixture.datasets]]
     content = json.dumps(told, default=str, sort_keys=True)
     found = cached("lengths", [content], lambda: {"lengths": _measure_all(mixture, processor, settings)})

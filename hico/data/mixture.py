@@ -1,6 +1,5 @@
 """Mixtures: rows of several datasets, as they are trained on."""
 
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -95,7 +94,6 @@ class Mixture:
         check_files: bool = True,
         on_bad_sample: str = "raise",
     ):
-        self.seed = seed
         self.datasets = [_open(spec) for spec in specs]
         self.taken: list[np.ndarray] = []
         facts, malformed = [], []
@@ -154,25 +152,18 @@ class Mixture:
         """Return the dataset that a row belongs to."""
         return self.datasets[int(self.rows[index, 0])].spec
 
-    def manifest(self) -> dict[str, Any]:
-        """Describe what is trained on, so that a checkpoint can say it: files with sha256, rows taken, seed.
-
-        Which rows were taken is told by strategy and seed, and checked by the digest of their numbers (int64, little
-        end first).
-        """
-        return {
-            "seed": self.seed,
-            "datasets": [
-                {
-                    "name": dataset.name,
-                    "files": [{"path": f.path, "sha256": f.sha256, "rows": len(f)} for f in dataset.files],
-                    "sampling_strategy": dataset.spec.sampling_strategy,
-                    "rows_taken": len(rows),
-                    "rows_sha256": hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest(),
-                }
-                for dataset, rows in zip(self.datasets, self.taken, strict=True)
-            ],
-        }
+    def manifest(self) -> list[dict[str, Any]]:
+        """Say which rows of which files every dataset takes; digests tell files, wherever they lie."""
+        return [
+            {
+                "name": dataset.name,
+                "sha256": [file.sha256 for file in dataset.files],
+                "sampling_strategy": dataset.spec.sampling_strategy,
+                "repeat": dataset.spec.repeat,
+                "rows_taken": len(rows),
+            }
+            for dataset, rows in zip(self.datasets, self.taken, strict=True)
+        ]
 
     def split(self, fraction: float) -> tuple[np.ndarray, np.ndarray]:
         """Split the row numbers into training and held-out ones, by the videos and images that rows name.

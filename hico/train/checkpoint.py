@@ -31,11 +31,10 @@ def publish(staged: Path, target: Path, manifest: Mapping[str, Any]) -> None:
     Args:
         staged: the folder, on the file system of ``target``.
         target: its name from now on; an incomplete folder of that name is replaced.
-        manifest: what to say about it; a unique ``id`` and the sizes of its files are added.
+        manifest: what to say about it; a unique ``id`` is added.
     """
-    files = {str(path.relative_to(staged)): path.stat().st_size for path in _files(staged)}
-    (staged / MANIFEST).write_text(json.dumps({**manifest, "id": uuid4().hex, "files": files}, indent=1))
-    for path in [*_files(staged), *(path for path in staged.rglob("*") if path.is_dir()), staged]:
+    (staged / MANIFEST).write_text(json.dumps({**manifest, "id": uuid4().hex}, indent=1))
+    for path in [*staged.rglob("*"), staged]:
         _flush(path)
     discard(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -46,22 +45,14 @@ def publish(staged: Path, target: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Say whether a folder was published and still has all its files."""
-    manifest = read_manifest(folder)
-    return manifest is not None and all(
-        (folder / name).is_file() and (folder / name).stat().st_size == size
-        for name, size in manifest["files"].items()
-    )
+    """Say whether a folder was published."""
+    return read_manifest(folder) is not None
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return what was said about a checkpoint; nothing where no whole manifest of ours is."""
+    """Return what was said about a checkpoint, if the folder is one of ours."""
     path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text()) if path.is_file() else None
-    except ValueError:  # cut off or damaged: the checkpoint is not complete
-        return None
-    return manifest if isinstance(manifest, dict) and "files" in manifest else None
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -112,10 +103,6 @@ def clean(output_dir: Path) -> None:
 
 def _entries(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _flush(path: Path) -> None:
