@@ -22,7 +22,7 @@ import torch
 from hico import HicoConfig, HicoForConditionalGeneration, HicoProcessor
 from hico.tokenizer import byte_tokenizer
 from hico.train.config import Recipe
-from hico.train.prepared import prepare
+from hico.train.plan import prepare
 from hico.train.recipes import load_recipes
 from hico.train.run import make_trainer, training_arguments
 

@@ -15,7 +15,7 @@ from hico.data import cache, lengths, survey
 from hico.data.dataset import BadRow, TrainingRows
 from hico.data.mixture import Mixture, read_mixture
 from hico.data.spec import DatasetSpec, select_rows
-from hico.train.prepared import prepare
+from hico.train.plan import prepare
 
 
 def videos(folder, count, *, copies=1):

@@ -143,7 +143,6 @@ def corpus(tmp_path_factory):
     return folder
 
 
-BEST = {"load_best_model_at_end": True, "eval_fraction": 0.3, "eval_strategy": "steps", "save_strategy": "steps"}
 RECIPE = {"model": "init", "output_dir": "out", "data": "mix.yaml", "min_frames": 4, "max_frames": 8}
 RECIPE |= {"max_length": 2048, "per_device_train_batch_size": 2, "num_train_epochs": 1, "decode_timeout": None}
 RECIPE |= {"save_strategy": "no", "use_cpu": True}
@@ -167,33 +166,18 @@ def complaints(folder, monkeypatch, capfd, recipe, *flags):
     ("changes", "message"),
     [
         ({"learning_rat": 1}, "did you mean 'learning_rate'"),
-        ({"learning_rate": "fast"}, "learning_rate is 'fast'"),
+        ({"max_length": "long"}, "max_length is 'long'; it must be a whole number"),
         ({"extends": "aline"}, "did you mean 'align'"),
         ({"min_frames": 9}, "min_frames 9 and max_frames 8 contradict each other"),
         ({"frame_sampling": "twice"}, "unknown sampling mode 'twice'"),
         ({"optim": "adam"}, "adam is not a valid OptimizerNames"),
-        ({"optim": "adamw_8bit"}, "bitsandbytes"),
         ({"lr_scheduler_type": "cosin"}, "cosin is not a valid SchedulerType"),
-        ({"lr_scheduler_kwargs": {"foo": 1}}, "unexpected keyword argument 'foo'"),
-        ({"report_to": "tensorbord"}, "tensorbord is not supported"),
-        ({"report_to": ["swanlab"]}, "report_to swanlab: "),
         ({"remove_unused_columns": True}, "remove_unused_columns cannot be set"),
-        ({"save_only_model": True}, "save_only_model cannot be set: a run goes on with its optimizer"),
-        ({"average_tokens_across_devices": False}, "average_tokens_across_devices cannot be set: every learned token"),
-        ({"dataloader_drop_last": True}, "dataloader_drop_last cannot be set: every row is seen"),
-        ({"eval_strategy": "epoch"}, "nothing is held out for ['eval_strategy']"),
-        ({"load_best_model_at_end": True}, "nothing is held out for ['load_best_model_at_end']"),
         ({"load_best_model_at_end": True, "eval_fraction": 0.3}, "save and eval strategy to match"),
-        ({**BEST, "eval_steps": 1, "save_steps": 2}, "eval_steps 1 and save_steps 2: the best may not be saved"),
         ({"logging_steps": 1.5}, "--logging_steps must be an integer"),
         ({"fp16": True, "bf16": True}, "At most one of fp16 and bf16"),
-        ({"accelerator_config": {"foo": 1}}, "unexpected keyword argument 'foo'"),
-        ({"deepspeed": "none.json"}, "no DeepSpeed file none.json"),
-        ({"deepspeed": "rows.json"}, "sets no zero_optimization"),
-        ({"deepspeed": "mix.yaml"}, "mix.yaml sets no zero_optimization"),
         ({"attn_implementation": "flash"}, "flash"),
-        ({"video": {"scaler": 3}}, "scaler is 3, a int; it must be text"),
-        ({"video": {"scalar": "fast"}}, "unknown video key 'scalar'; did you mean 'scaler'"),
+        ({"video": {"scalar": "fast"}}, "unknown video setting 'scalar'; did you mean 'scaler'"),
         ({"video": {"mode": "middle"}}, "video sets 'mode'; set frame_sampling"),
         ({"video": {"reader": "pyaw"}}, "did you mean 'pyav'"),
         ({"video": {"size": 24}}, "video sets 'size'"),
@@ -209,7 +193,6 @@ def complaints(folder, monkeypatch, capfd, recipe, *flags):
         ({"image_size": 25}, "resize to 24 x 24"),
         ({"drop_schedule": "uniform@1"}, "write policy@layer:keep"),
         ({"drop_schedule": "uniform@1:1.5"}, "keeps the ratio 1.5"),
-        ({"drop_schedule": {"llm_compress_type": ["uniform"]}}, "not of the published form"),
         ({"drop_schedule": [{"layer": 1, "policy": ["x"], "keep": 0.5}]}, "unknown drop policy"),
         ({"data": []}, "the mixture takes no row"),
         ({"data": "none.yaml"}, "none.yaml"),
@@ -223,10 +206,9 @@ def complaints(folder, monkeypatch, capfd, recipe, *flags):
         ),
         ({"learning_rate": 0}, "would learn nothing"),
         ({"trainable": ["projector"], "data": [{"json_path": "text.json"}]}, "its rows are text alone"),
-        (LORA | {"lora": {"rank": 4}}, "lora: unknown peft.LoraConfig key 'rank'"),
-        (LORA | {"lora": {"r": "four"}}, "lora: r is 'four', a str; it must be a whole number"),
+        (LORA | {"lora": {"rank": 4}}, "lora {'rank': 4}: "),
         (LORA | {"lora": {"r": 0}}, "`r` should be a positive integer"),
-        (LORA | {"lora": {"modules_to_save": ["x"]}}, "modules_to_save follows from trainable"),
+        (LORA | {"lora": {"modules_to_save": ["x"]}}, "got multiple values for keyword argument 'modules_to_save'"),
     ],
     ids=lambda value: None if isinstance(value, str) else json.dumps(value),
 )
@@ -240,7 +222,7 @@ def test_a_bad_recipe_ends_in_one_line(corpus, monkeypatch, capfd, changes, mess
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (LORA | {"lora": {"target_modules": ["nope"]}}, "lora with target_modules ['nope']: No modules"),
+        (LORA | {"lora": {"target_modules": ["nope"]}}, "lora {'target_modules': ['nope']}: "),
         ({"trainable": ["compressor"]}, "have no parameters in this model"),
     ],
 )
@@ -268,8 +250,6 @@ def test_adapters_are_checked_with_the_model_below(corpus, monkeypatch, capfd, t
     [
         ("config.json", "{", "config.json: cannot be read"),
         ("config.json", '{"model_type": "qwen2"}', "holds qwen2 and not a whole model; make one with `hico convert"),
-        ("config.json", '{"model_type": "hico", "text_config": 3}', "is damaged or missing"),
-        ("processor_config.json", "{}", "is damaged or missing"),
         ("tokenizer_config.json", "{}", "has no padding token"),
         ("chat_template.jinja", "{% if", "the chat template cannot be used: unexpected"),
         (
@@ -303,9 +283,8 @@ def test_a_damaged_checkpoint_is_named(corpus, monkeypatch, capfd, name, text, m
         ("model: [", "recipe.yaml is not YAML"),
         ("model: a\nmodel: b", "'model' stands twice"),
         ("- 1", "must hold recipe keys"),
-        ("output_dir: out\nstages: [null]", "stage 1 is None"),
         ("output_dir: out\nstages: [none.yaml]", "no recipe or mixture file"),
-        ("output_dir: out\nstages: [{data: mix.yaml, stages: []}]", "stages cannot be set here"),
+        ("output_dir: out\nstages: [{data: mix.yaml, stages: []}]", "unknown recipe key 'stages'"),
     ],
 )
 def test_a_bad_recipe_file_ends_in_one_line(corpus, monkeypatch, capfd, text, message):
@@ -316,11 +295,8 @@ def test_a_bad_recipe_file_ends_in_one_line(corpus, monkeypatch, capfd, text, me
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--num_train_epochs", "two"], "num_train_epochs is 'two'"),
-        (["--warmup_steps", "x"], "warmup_steps is 'x'"),
         (["--trainable", "[llm"], "the value of --trainable is not YAML"),
         (["learning_rate"], "expected a flag"),
-        (["--dry_run", "--world_size", "0"], "world_size is 0"),
     ],
 )
 def test_a_bad_flag_ends_in_one_line(corpus, monkeypatch, capfd, flags, message):
@@ -329,12 +305,12 @@ def test_a_bad_flag_ends_in_one_line(corpus, monkeypatch, capfd, flags, message)
 
 
 def test_a_dry_run_reports_every_stage_of_a_chain(corpus, monkeypatch, capfd):
-    stages = [{"name": "a", "report_to": "x"}, {"name": "b"}, {"name": "c", "data": "none.yaml"}]
+    stages = [{"name": "a", "optim": "x"}, {"name": "b"}, {"name": "c", "data": "none.yaml"}]
     lines = complaints(corpus, monkeypatch, capfd, {**RECIPE, "stages": stages}, "--dry_run")
     assert [line[:21] for line in lines] == ["hico.train: stage a: ", "hico.train: stage c: "]
 
 
 def test_a_chain_is_checked_before_its_first_stage_runs(corpus, monkeypatch, capfd):
-    stages = [{"name": "a"}, {"name": "b", "report_to": "x"}]
+    stages = [{"name": "a"}, {"name": "b", "optim": "x"}]
     (line,) = complaints(corpus, monkeypatch, capfd, {**RECIPE, "stages": stages})
-    assert "x is not supported" in line
+    assert "x is not a valid OptimizerNames" in line

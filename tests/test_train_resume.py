@@ -16,7 +16,7 @@ from hico.data.dataset import TrainingRows
 from hico.train import run
 from hico.train.__main__ import main
 from hico.train.checkpoint import checkpoints, is_complete, read_manifest
-from hico.train.prepared import prepare
+from hico.train.plan import prepare
 from hico.train.report import dry_run
 
 

@@ -1,20 +1,11 @@
-"""Settings held against the dataclass that takes them: their keys, the types of their values, and their ranges."""
+"""Settings held against the dataclass that takes them: their keys, and the types of their values."""
 
-import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from reprlib import repr as shown
-from typing import Any
-
-RANGES: dict[str, Callable[[float], bool]] = {
-    "at least 1": lambda value: value >= 1,
-    "above 0": lambda value: value > 0,
-    "0 or above": lambda value: value >= 0,
-    "from 0 to 1": lambda value: 0 <= value <= 1,
-}
-"""How an error calls a range -> whether a number is in it."""
+from typing import Any, Literal
 
 _WORDS = {
     bool: "true or false",
@@ -36,9 +27,7 @@ def check_keys(settings: Mapping[Any, Any], known: Iterable[str], *, what: str) 
 
 
 def check_types(settings: Mapping[str, Any], kind: type) -> None:
-    """Hold values against the annotations of a dataclass.
-
-    Whole numbers pass as numbers, truth values do not. Words that a library chooses from are left to it.
+    """Hold values against the annotations of a dataclass; whole numbers pass as numbers, truth values do not.
 
     Args:
         settings: keyword arguments of ``kind``; keys that it has not are passed over.
@@ -50,23 +39,7 @@ def check_types(settings: Mapping[str, Any], kind: type) -> None:
     annotations = typing.get_type_hints(kind)
     for key, value in settings.items():
         if key in annotations and not _fits(value, annotations[key]):
-            kinds = typing.get_args(annotations[key]) if _is_union(annotations[key]) else [annotations[key]]
-            words = " or ".join(_WORDS.get(typing.get_origin(kind) or kind, str(kind)) for kind in kinds)
-            raise ValueError(f"{key} is {shown(value)}, a {type(value).__name__}; it must be {words}")
-
-
-def check_ranges(settings: Mapping[str, Any], ranges: Mapping[str, Iterable[str]]) -> None:
-    """Raise ``ValueError`` at a number out of its range; what is absent or null passes.
-
-    Args:
-        settings: keys and values.
-        ranges: a name of `RANGES` -> the keys of which it is asked.
-    """
-    for wanted, keys in ranges.items():
-        for key in keys:
-            value = settings.get(key)
-            if value is not None and not RANGES[wanted](value):
-                raise ValueError(f"{key} is {value}; it must be {wanted}")
+            raise ValueError(f"{key} is {shown(value)}; it must be {_in_words(annotations[key])}")
 
 
 def nearest_hint(word: object, known: Iterable[str]) -> str:
@@ -77,22 +50,26 @@ def nearest_hint(word: object, known: Iterable[str]) -> str:
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if _is_union(annotation):
+    kind, args = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    if kind in (typing.Union, types.UnionType):
         return any(_fits(value, arg) for arg in args)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(item, args[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
-    kind = origin or annotation
-    if kind not in _WORDS:  # an Enum, a Literal, or anything
+    if kind is Literal:
+        return value in args
+    if kind is Any:
         return True
-    if kind in (int, float) and isinstance(value, bool):
-        return False
     if kind is float:
-        return isinstance(value, int | float) and abs(value) < math.inf
-    return isinstance(value, kind)
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        return False
+    items = value.items() if kind is dict and args else [(item,) for item in value] if kind is list and args else []
+    return all(all(map(_fits, item, args)) for item in items)
 
 
-def _is_union(annotation: Any) -> bool:
-    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+def _in_words(annotation: Any) -> str:
+    kind, args = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    if kind in (typing.Union, types.UnionType):
+        return " or ".join(map(_in_words, args))
+    if kind is Literal:
+        return " or ".join(map(repr, args))
+    of = f" of {_in_words(args[-1])}" if args and args[-1] is not Any else ""
+    return _WORDS[kind] + of

@@ -208,8 +208,6 @@ def read_mixture(data: str | list, **options: Any) -> Mixture:
 
 
 def _open(spec: DatasetSpec) -> _Dataset:
-    if spec.media_type not in (None, *MODALITIES):
-        raise ValueError(f"media_type is {spec.media_type!r}; use one of {', '.join(MODALITIES)}")
     check_reader(spec.video_read_type)
     files = [open_rows(path) for path in expand_path(spec.json_path)]
     surveys = [survey(file, spec.other_keys) for file in files]

@@ -1,7 +1,7 @@
 """What reading a row depends on, beside the row."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(kw_only=True)
@@ -16,17 +16,17 @@ class RowSettings:
     """Most frames of a video."""
     video: dict[str, Any] = field(default_factory=dict)
     """Further settings of `hico.video_io.read_video`, such as ``{scaler: fast, exact: false}``."""
-    time_message: str | None = "short"
+    time_message: Literal["short", "long"] | None = "short"
     """Sentence about duration and sampling after each video: ``short``, ``long`` or nothing."""
-    label_scheme: str = "assistant"
-    """What is learned: a scheme of `hico.prompt.label_mask`."""
+    label_scheme: Literal["assistant", "published", "longva"] = "assistant"
+    """What is learned: a scheme of `hico.data.labels.Labels`."""
     max_length: int = 32768
     """Tokens of a row at most, visual tokens included."""
-    on_long_sample: str = "cut"
+    on_long_sample: Literal["cut", "bad"] = "cut"
     """What a longer row does: ``cut`` loses the end of its text, and is a bad row only where that would cut a video
     or image, or all that is learned; ``bad`` makes it a bad row always."""
-    on_bad_sample: str = "raise"
-    """What a row that cannot be read does: ``raise`` or ``skip``."""
+    on_bad_sample: Literal["raise", "skip"] = "raise"
+    """What a row that cannot be read does."""
     decode_timeout: float | None = 120.0
     """Seconds after which the decoding of a row is killed; no limit if null."""
 

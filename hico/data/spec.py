@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from hico.data.fields import check_keys, check_ranges, check_types
+from hico.data.fields import check_keys, check_types
 from hico.data.yaml_files import read_yaml
 from hico.video_io import READERS
 
@@ -33,8 +33,8 @@ class DatasetSpec:
     """How often to take every one of them in an epoch."""
     other_keys: list[str] = field(default_factory=list)
     """Keys of rows that are notes to others; any other unknown key is an error."""
-    media_type: str | None = None
-    """``video``, ``image`` or ``text``: rows with other media are an error. Rows decide for themselves if omitted."""
+    media_type: Literal["video", "image", "text"] | None = None
+    """Rows with other media are an error; they decide for themselves if omitted."""
     video_read_type: str | None = None
     """How videos are opened: a reader of `hico.video_io`, or ``img`` for folders of frames, which need none."""
     folder_fps: float | None = None
@@ -71,7 +71,6 @@ def read_specs(data: str | list) -> list[DatasetSpec]:
         try:
             check_keys(entry, known, what="dataset")
             check_types(entry, DatasetSpec)
-            check_ranges(entry, {"above 0": ["folder_fps"], "at least 1": ["repeat"]})
         except ValueError as error:
             raise ValueError(f"{data}: {error}") from error
         if "json_path" not in entry:

@@ -54,25 +54,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dry_run(recipes: Sequence[Recipe], world_size: int | None) -> int:
     """Report every stage, or what is wrong with it; of several processes, the first one does."""
-    from hico.train.checks import check_recipe
-    from hico.train.prepared import prepare
+    from hico.train.arguments import planned_arguments
+    from hico.train.plan import prepare
     from hico.train.report import dry_run
 
-    if world_size is not None and world_size < 1:
-        raise ValueError(f"world_size is {world_size}; plan for at least 1 device")
     num_bad, config = 0, None
     num_devices = world_size or int(os.environ.get("WORLD_SIZE", 1))
     for recipe in recipes if os.environ.get("RANK", "0") == "0" else ():
         # Stages before have not run: plan with the checkpoint that the chain starts from, and what becomes of it.
         recipe.model = recipes[0].model
         try:
-            check_recipe(recipe, here=world_size is None)
+            planned_arguments(recipe, here=world_size is None)
             prepared = prepare(recipe, start=config, world_size=num_devices)
             config = prepared.config
             print(dry_run(recipe, prepared, world_size=num_devices) + "\n", flush=True)
-        except BrokenPipeError:  # whoever reads has seen enough; Python would flush once more
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
         except BAD_INPUT as error:
             _complain(error, f"stage {recipe.name}: " if len(recipes) > 1 else "")
             num_bad += 1

@@ -1,13 +1,23 @@
-"""The arguments of transformers that a recipe makes."""
+"""The arguments of transformers that a recipe makes, and what follows from them."""
 
-import math
+import json
 import os
+import warnings
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+import torch
+from transformers import TrainingArguments, get_scheduler
 
 from hico.train.config import Recipe
+
+_ON_DEVICES = (
+    *("deepspeed", "fsdp", "fsdp_config", "tf32"),
+    *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+)
+"""Arguments that start something on devices, which a dry run may not have."""
 
 
 @dataclass
@@ -16,11 +26,11 @@ class StageArguments(TrainingArguments):
 
     recipe: dict[str, Any] = field(default_factory=dict)
 
-    def count_steps(self, num_steps: int) -> None:
-        """Turn shares of all steps into numbers of steps, which a restart compares with those of its checkpoint."""
-        for key in ("logging_steps", "eval_steps", "save_steps"):
-            if 0 < (getattr(self, key) or 0) < 1:
-                setattr(self, key, math.ceil(num_steps * getattr(self, key)))
+
+class _Planned(TrainingArguments):
+    """Arguments that no device is looked for."""
+
+    device = torch.device("cpu")
 
 
 def training_arguments(recipe: Recipe) -> StageArguments:
@@ -51,3 +61,52 @@ def training_arguments(recipe: Recipe) -> StageArguments:
 
         deepspeed.init_distributed(dist_backend="gloo")
     return args
+
+
+def planned_arguments(recipe: Recipe, *, here: bool = False) -> TrainingArguments:
+    """Return the arguments of transformers, as on a machine that has what they need, or as on this one.
+
+    Raises:
+        ValueError: if they contradict each other, or this machine lacks what they need.
+    """
+    settings = {key: value for key, value in recipe.trainer_settings().items() if key not in _ON_DEVICES}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return _Planned(output_dir=recipe.output_dir, **(settings if here else {**settings, "use_cpu": True}))
+
+
+def has_rate(args: TrainingArguments, num_steps: int) -> bool:
+    """Say whether the schedule gives any of so many steps a learning rate above 0."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        schedule = get_scheduler(
+            args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=args.get_warmup_steps(num_steps),
+            num_training_steps=num_steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+        for _ in range(num_steps):
+            if optimizer.param_groups[0]["lr"] > 0:
+                return True
+            schedule.step()
+    return False
+
+
+def zero_stage(recipe: Recipe) -> int | None:
+    """Return the ZeRO stage of the recipe's DeepSpeed file, if there is one.
+
+    Raises:
+        FileNotFoundError: if the file is missing.
+        ImportError: if DeepSpeed is not installed.
+    """
+    spec = recipe.arguments.get("deepspeed")
+    if spec is None:
+        return None
+    if isinstance(spec, str) and not Path(spec).is_file():
+        raise FileNotFoundError(f"there is no DeepSpeed file {spec}; set deepspeed: null to go without")
+    if find_spec("deepspeed") is None:
+        raise ImportError("deepspeed needs the package of that name; run `pip install 'hico[deepspeed]'`")
+    settings = json.loads(Path(spec).read_text()) if isinstance(spec, str) else spec
+    return settings["zero_optimization"]["stage"]

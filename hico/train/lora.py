@@ -1,7 +1,6 @@
 """Adapters on the LLM (LoRA), through peft: training with them, and merging them into the model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ from torch import nn
 
 from hico.adapters import ADAPTER_CONFIG, load_peft
 from hico.configuration_hico import HicoConfig
-from hico.data.fields import check_keys, check_types
 from hico.modeling_hico import HicoForConditionalGeneration
 from hico.processing_hico import HicoProcessor
 
@@ -33,37 +31,18 @@ def add_lora(
 
     Raises:
         ImportError: if peft is not installed.
-        ValueError: as `lora_config`, or if no linear has a name of ``target_modules``.
+        ValueError: if it does not take the settings, or no linear has a name of ``target_modules``.
     """
-    config = lora_config(settings)
-    targets = config.target_modules or LINEARS
-    config.target_modules = (
-        targets if isinstance(targets, str) else rf".*\.language_model\..*\.({'|'.join(sorted(targets))})"
-    )
+    targets = settings.get("target_modules") or LINEARS
+    if not isinstance(targets, str):
+        targets = rf".*\.language_model\..*\.({'|'.join(sorted(targets))})"
     saved = [f"model.{part}" for part in trainable if any(True for _ in getattr(model.model, part).parameters())]
-    config.modules_to_save = saved or None
+    peft = load_peft()
     try:
-        return load_peft().get_peft_model(model, config)
-    except ValueError as error:
-        raise ValueError(f"lora with target_modules {settings.get('target_modules', LINEARS)}: {error}") from error
-
-
-def lora_config(settings: Mapping[str, Any]):
-    """Return the `peft.LoraConfig` of a recipe.
-
-    Raises:
-        ImportError: if peft is not installed.
-        ValueError: if a setting is unknown to peft, of another type, or not for recipes to decide.
-    """
-    kind = load_peft().LoraConfig
-    try:
-        check_keys(settings, [known.name for known in fields(kind)], what="peft.LoraConfig")
-        check_types(settings, kind)
-        if "modules_to_save" in settings:
-            raise ValueError("modules_to_save follows from trainable; name the parts there")
-        return kind(**settings)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"lora: {error}") from error
+        config = peft.LoraConfig(**{**settings, "target_modules": targets}, modules_to_save=saved or None)
+        return peft.get_peft_model(model, config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lora {dict(settings)}: {error}") from error
 
 
 def load_model(folder: str | Path, **options: Any) -> HicoForConditionalGeneration:

@@ -8,25 +8,17 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hico.data.fields import check_keys, check_types, nearest_hint
+from hico.data.fields import check_keys, check_types
 from hico.data.yaml_files import parse_yaml, read_yaml
 from hico.train.config import PARTS, Recipe
 
 STAGES = Path(__file__).with_name("stages.yaml")
-DECIDED = {
-    "remove_unused_columns": "a row keeps what the model takes",
-    "resume_from_checkpoint": "a run goes on after its last checkpoint by itself",
-    "ignore_data_skip": "a run goes on with the next row by itself",
-    "save_only_model": "a run goes on with its optimizer",
-    "auto_find_batch_size": "the order of rows follows from the batch size",
-    "train_sampling_strategy": "group_by_length orders the rows",
-    "logging_nan_inf_filter": "losses are logged as they are",
-    "label_smoothing_factor": "every learned token weighs the same",
-    "average_tokens_across_devices": "every learned token weighs the same",
-    "dataloader_drop_last": "every row is seen",
-    "data_seed": "the order of rows follows from seed",
-}
-"""Arguments of transformers that are no recipe keys -> why."""
+DECIDED = (
+    *("remove_unused_columns", "resume_from_checkpoint", "ignore_data_skip", "save_only_model"),
+    *("auto_find_batch_size", "train_sampling_strategy", "logging_nan_inf_filter", "label_smoothing_factor"),
+    *("average_tokens_across_devices", "dataloader_drop_last", "data_seed"),
+)
+"""Arguments of transformers that would have no effect, or break what a run promises."""
 
 
 def load_recipes(path: str | Path, overrides: Mapping[str, Any] | None = None) -> list[Recipe]:
@@ -51,22 +43,15 @@ def load_recipes(path: str | Path, overrides: Mapping[str, Any] | None = None) -
     if "stages" not in settings:
         return [make_recipe({"name": Path(path).stem, **settings, **overrides})]
     chain = {key: overrides.pop(key, settings.pop(key, None)) for key in ("model", "output_dir")}
-    check_types({key: value for key, value in chain.items() if value is not None}, Recipe)
     if chain["output_dir"] is None:
         raise ValueError(f"{path}: a chain needs an output_dir for the folders of its stages")
-    stages = settings.pop("stages")
-    if not isinstance(stages, list) or not stages:
-        raise ValueError(f"{path}: stages is {stages!r}; list recipe files or mappings")
     recipes: list[Recipe] = []
-    for number, stage in enumerate(stages, 1):
+    for number, stage in enumerate(settings.pop("stages"), 1):
         if isinstance(stage, str):
             own = {"name": Path(stage).stem, **_read(_beside(Path(path), stage))}
-        elif isinstance(stage, Mapping):
-            own = {"name": stage.get("extends", f"stage{number}"), **_resolve(stage, Path(path))}
         else:
-            raise ValueError(f"{path}: stage {number} is {stage!r}; it must be a recipe file or a mapping")
-        check_types({"name": own["name"]}, Recipe)
-        own["output_dir"] = str(Path(chain["output_dir"]) / own["name"])
+            own = {"name": stage.get("extends", f"stage{number}"), **_resolve(stage, Path(path))}
+        own["output_dir"] = str(Path(chain["output_dir"]) / str(own["name"]))
         own["model"] = str(Path(recipes[-1].output_dir) / "final") if recipes else chain["model"] or own.get("model")
         recipes.append(make_recipe({**own, **overrides}, defaults=settings))
         if recipes[-1].name in [recipe.name for recipe in recipes[:-1]]:
@@ -90,12 +75,9 @@ def make_recipe(settings: Mapping[str, Any], *, defaults: Mapping[str, Any] | No
     settings = {**(defaults or {}), **settings}
     own = {known.name for known in fields(Recipe)} - {"arguments"}
     theirs = {known.name for known in fields(TrainingArguments)} - own
-    if "stages" in settings:
-        raise ValueError("stages cannot be set here: they belong in the file of --config, which lists plain stages")
     if taken := [key for key in settings if key in DECIDED]:
-        raise ValueError(f"{taken[0]} cannot be set: {DECIDED[taken[0]]}; leave it out")
+        raise ValueError(f"{taken[0]} cannot be set: rows, resuming and losses are the trainer's own; leave it out")
     check_keys(settings, sorted({*own, *theirs, "extends"}), what="recipe")
-    check_types({key: value for key, value in settings.items() if key in own}, Recipe)
     settings = _over(_extended(settings), {key: value for key, value in settings.items() if key != "extends"})
     missing = [key for key in ("name", "model", "output_dir", "data") if settings.get(key) is None]
     if missing:
@@ -113,13 +95,13 @@ def _extended(settings: Mapping[str, Any]) -> dict[str, Any]:
         below = _read(Path(name))
         return _over(_extended(below), {key: value for key, value in below.items() if key != "extends"})
     stages = read_yaml(STAGES)
-    if not isinstance(name, str) or name not in stages:
-        raise ValueError(f"extends names {name!r}{nearest_hint(name, stages)}")
+    check_keys([name], stages, what="extends")
     return {"name": name, **stages[name]}
 
 
 def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``own`` over ``base``, without what it contradicts there."""
+    check_types(own, Recipe)
     result = {**base, **own}
 
     def give_way(key: str, value: Any) -> None:
@@ -139,10 +121,8 @@ def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     if own.get("max_tokens_per_batch"):
         give_way("max_length", min(result.get("max_length", math.inf), own["max_tokens_per_batch"]))
     if own.get("global_batch_size"):
-        give_way(
-            "per_device_train_batch_size",
-            math.gcd(base.get("per_device_train_batch_size", 1), own["global_batch_size"]),
-        )
+        per_device = math.gcd(base.get("per_device_train_batch_size", 1), own["global_batch_size"])
+        give_way("per_device_train_batch_size", per_device)
     return result
 
 

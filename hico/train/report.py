@@ -8,11 +8,11 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hico.modeling_hico import HicoForConditionalGeneration
-from hico.train.checks import zero_stage
+from hico.train.arguments import zero_stage
 from hico.train.config import Recipe
 from hico.train.lora import add_lora
 from hico.train.parts import count_parameters, freeze
-from hico.train.prepared import Prepared
+from hico.train.plan import Prepared
 
 
 def dry_run(recipe: Recipe, prepared: Prepared, *, world_size: int) -> str:

@@ -15,11 +15,10 @@ from transformers import BitsAndBytesConfig, set_seed
 from hico.data.dataset import TrainingRows
 from hico.train import checkpoint, provenance
 from hico.train.arguments import StageArguments, training_arguments
-from hico.train.checks import check_recipe
 from hico.train.config import PARTS, Recipe
 from hico.train.lora import add_lora, load_model
 from hico.train.parts import fit_vocabulary, freeze, modules_of
-from hico.train.prepared import Prepared, load_config, prepare
+from hico.train.plan import Prepared, load_config, prepare
 from hico.train.safeguards import BadRows
 from hico.train.stage_trainer import StageTrainer
 from hico.train.throughput import FlopCounter, peak_tflops
@@ -34,7 +33,7 @@ STOPPED = 143
 def run_chain(recipes: Sequence[Recipe], *, overwrite: bool = False) -> Path:
     """Run stages one after the other; finished ones are skipped.
 
-    All recipes are checked at every start; data and configuration of later stages before the chain's first step.
+    What later stages need is checked before the chain's first step.
 
     Args:
         recipes: of the stages.
@@ -43,8 +42,6 @@ def run_chain(recipes: Sequence[Recipe], *, overwrite: bool = False) -> Path:
     Returns:
         The folder of the last stage's model.
     """
-    for recipe in recipes:
-        check_recipe(recipe)
     if recipes[1:] and not any(Path(recipe.output_dir).is_dir() for recipe in recipes):
         config, _ = load_config(recipes[0])
         for recipe in recipes[1:]:
@@ -132,7 +129,6 @@ def make_trainer(recipe: Recipe, args: StageArguments, prepared: Prepared) -> St
         for module in modules_of(model, frozen):
             module.to(getattr(torch, recipe.frozen_dtype))
     per_step = args.gradient_accumulation_steps * args.world_size
-    args.count_steps(prepared.steps(args.world_size)[1])
     common = {
         "manifest": provenance.manifest(recipe, prepared.mixture, prepared.sampler(), per_step),
         "dtype": dtype,

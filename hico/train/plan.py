@@ -11,18 +11,27 @@ import numpy as np
 import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from hico.adapters import folder_below
 from hico.configuration_hico import HicoConfig
-from hico.convert.sources import HICO, Source
+from hico.convert.plan import Expected, make_plan
+from hico.convert.sources import HICO, Source, published_to_hico
 from hico.data.batching import BatchRule, BatchSampler
 from hico.data.fields import nearest_hint
 from hico.data.labels import Labels
 from hico.data.lengths import estimate_lengths, measure_lengths
 from hico.data.mixture import Mixture, read_mixture
 from hico.data.settings import frame_settings, own_fit
+from hico.data.spec import check_reader
 from hico.llm_dropout.schedule import DropSchedule
 from hico.processing_hico import HicoProcessor
-from hico.train.checks import check_frames, check_weights, has_rate, planned_arguments
+from hico.sampling import sample_frames
+from hico.shards import CheckpointError
+from hico.train.arguments import has_rate, planned_arguments
 from hico.train.config import Recipe
+from hico.video_io import ReadSettings
+
+_DECIDED = ("mode", "num_frames", "min_frames", "max_frames", "size", "clip_len", "generator", "start", "end")
+"""Settings of videos that the recipe's own keys, the model, the seed or the rows decide."""
 
 
 @dataclass
@@ -138,6 +147,51 @@ def prepare(
     return found
 
 
+def check_frames(recipe: Recipe) -> None:
+    """Check how frames are chosen and read.
+
+    Raises:
+        ValueError: if a setting is unknown, of another type, or decided elsewhere.
+        ImportError: if the reader of videos is not installed.
+    """
+    try:
+        ReadSettings.of(recipe.video)
+    except TypeError as error:
+        raise ValueError(f"video: {error}") from error
+    if taken := [key for key in _DECIDED if key in recipe.video]:
+        raise ValueError(
+            f"video sets {taken[0]!r}; set frame_sampling, min_frames and max_frames of the recipe instead, and leave "
+            "the rest to the model, the seed and the rows"
+        )
+    check_reader(recipe.video.get("reader", "pyav"))
+    sample_frames(100, 25.0, **frame_settings(recipe), generator=torch.Generator())
+
+
+def check_weights(folder: Path, config: HicoConfig) -> None:
+    """Hold the names and sizes of a checkpoint's tensors against a configuration, without reading the tensors.
+
+    Args:
+        folder: a checkpoint of ours, a published one, or what a stage with ``lora`` made, which names the one below.
+        config: what is to be built of it.
+
+    Raises:
+        ValueError: if tensors are missing, left over, damaged or of other sizes.
+        FileNotFoundError: if the checkpoint below is gone.
+    """
+    while (below := folder_below(folder)) is not None:
+        folder = below
+    source = Source.at(folder)
+    rename = published_to_hico(source.kind) if source.is_published else lambda name: name
+    expected = Expected.of(config)
+    try:
+        make_plan(source.shards(rename), expected)
+    except CheckpointError as error:
+        raise ValueError(
+            f"the weights in {folder} are of other sizes or names than its configuration with the recipe's changes "
+            f"(image_size, model_config) asks for: {error}"
+        ) from error
+
+
 def load_config(recipe: Recipe, start: HicoConfig | None = None) -> tuple[HicoConfig, HicoProcessor]:
     """Read configuration and processor of the starting checkpoint, with the recipe's changes; see `prepare`.
 
@@ -157,10 +211,7 @@ def load_config(recipe: Recipe, start: HicoConfig | None = None) -> tuple[HicoCo
             f"stage {recipe.name!r} starts from {folder}, which holds {source.config.get('model_type')} and not a "
             f"whole model; make one with `hico convert {folder} OUTPUT --encoder FILE`"
         )
-    try:
-        config, processor = start or HicoConfig.from_pretrained(folder), HicoProcessor.from_pretrained(folder)
-    except (TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"configuration or processor in {folder} is damaged or missing: {error}") from error
+    config, processor = start or HicoConfig.from_pretrained(folder), HicoProcessor.from_pretrained(folder)
     # Of the two sizes that a recipe can give, the one in model_config has the last word.
     size = {} if recipe.image_size is None else {"encoder": {"image_size": recipe.image_size}}
     try:
@@ -193,10 +244,7 @@ def read_schedule(recipe: Recipe, config: HicoConfig) -> DropSchedule:
         ValueError: if it cannot be read, names a layer that the LLM does not have, or rows are packed.
     """
     spec = config.drop_schedule if recipe.drop_schedule is None else recipe.drop_schedule
-    try:
-        schedule = DropSchedule.from_published(**spec) if isinstance(spec, Mapping) else DropSchedule.parse(spec)
-    except TypeError as error:
-        raise ValueError(f"drop_schedule {spec!r} is not of the published form: {error}") from error
+    schedule = DropSchedule.from_published(**spec) if isinstance(spec, Mapping) else DropSchedule.parse(spec)
     schedule.check_depth(config.text_config.num_hidden_layers)
     if schedule and recipe.packing:
         raise ValueError(
