@@ -13,7 +13,7 @@ from train_corpus import make, trainer_for
 
 from hico.data import cache, lengths, survey
 from hico.data.dataset import BadRow, TrainingRows
-from hico.data.mixture import Mixture, read_mixture
+from hico.data.mixture import Mixture
 from hico.data.spec import DatasetSpec, select_rows
 from hico.train.plan import prepare
 
@@ -41,8 +41,6 @@ def test_repeated_rows_are_rows_of_their_own(tmp_path):
     mixture = Mixture([spec])
     assert [mixture.record(index).media[0].source[-5:] for index in range(6)] == ["0.mp4"] * 3 + ["1.mp4"] * 3
     assert len(mixture.modality) == len(mixture.text_bytes) == 6
-    with pytest.raises(ValueError, match="repeat is 0; it must be at least 1"):
-        read_mixture([{"json_path": str(tmp_path / "rows.jsonl"), "repeat": 0}])
 
 
 # Malformed rows ---------------------------------------------------------------------------------------------------
@@ -68,6 +66,17 @@ def test_a_run_that_skips_bad_rows_skips_malformed_ones(folder):
     with pytest.raises(ValueError, match="neither 'conversations' nor 'messages'"):
         prepare(make(folder, data=data))
     assert len(prepare(make(folder, data=data, on_bad_sample="skip")).mixture) == len(rows) - 1
+
+
+def test_a_long_file_is_surveyed_in_pieces_as_it_is_in_one(tmp_path, monkeypatch):
+    rows = [LLAVA, {"nope": 1}, {**LLAVA, "video": ["a.mp4", "b.mp4"]}, {"conversations": TALK}, {"video": 3}]
+    spec = DatasetSpec(json_path=str(write_rows(tmp_path / "rows.json", rows * 3)))
+    whole = Mixture([spec], check_files=False, on_bad_sample="skip")
+    monkeypatch.setattr(survey, "_AT_ONCE", 4)
+    pieces = Mixture([spec], check_files=False, on_bad_sample="skip")
+    assert pieces.facts.tobytes() == whole.facts.tobytes()
+    assert [list(pieces.sources(n)) for n in range(len(pieces))] == [list(whole.sources(n)) for n in range(len(whole))]
+    assert pieces.datasets[0].surveys[0].reasons == whole.datasets[0].surveys[0].reasons
 
 
 # Held-out rows ----------------------------------------------------------------------------------------------------
@@ -218,7 +227,7 @@ def test_a_long_row_follows_the_policy(folder):
     assert len(examples["cut"]["input_ids"]) == 150
     assert isinstance(examples["bad"], BadRow)
     assert "max_length is 150" in examples["bad"].reason
-    with pytest.raises(ValueError, match="on_long_sample names 'drop'; known: cut, bad"):
+    with pytest.raises(ValueError, match="on_long_sample is 'drop'; it must be 'cut' or 'bad'"):
         make(folder, on_long_sample="drop")
 
 

@@ -10,7 +10,6 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import PurePath
 from reprlib import repr as shown
 from typing import Any
 
@@ -84,21 +83,21 @@ def read_media(row: Mapping[str, Any]) -> list[Media]:
     Raises:
         ValueError: if they are malformed.
     """
-    media, about = [], [name for name in VIDEO if not _is_empty(row.get(name))]
-    for kind in ("video", "image"):
-        for key in (kind, kind + "s"):
-            files = row.get(key)
-            files = [] if _is_empty(files) and files is not False else files if isinstance(files, list) else [files]
-            if kind == "video" and files and all(map(_is_picture, files)):
-                files = [files]
-            sources = [_source(item, kind, repr(key)) for item in files]
-            said = {name: _per_item(row[name], len(sources), name) for name in about if kind == "video"}
-            media += [
-                _medium(kind, source, {name: values[number] for name, values in said.items()})
-                for number, source in enumerate(sources)
-            ]
+    media, about = [], {name: row[name] for name in row if name in VIDEO and not _is_empty(row[name])}
+    for key in ("video", "videos", "image", "images"):
+        files, kind = row.get(key), key.removesuffix("s")
+        if _is_empty(files):
+            continue
+        files = files if isinstance(files, list) else [files]
+        if kind == "video" and all(map(_is_picture, files)):
+            files = [files]
+        said = {name: _per_item(value, len(files), name) for name, value in about.items() if kind == "video"}
+        for number, file in enumerate(files):
+            source = _source(file, kind, repr(key))
+            media.append(_medium(kind, source, {name: values[number] for name, values in said.items()}))
     if about and not any(item.kind == "video" for item in media):
-        raise ValueError(f"{about[0]} is {shown(row[about[0]])}, but it names no 'video' that this could bound")
+        name, value = next(iter(about.items()))
+        raise ValueError(f"{name} is {shown(value)}, but it names no 'video' that this could bound")
     return media
 
 
@@ -182,7 +181,9 @@ def _source(file: Any, kind: str, what: str) -> str | Blob | tuple:
 
 
 def _medium(kind: str, source: Any, said: Mapping[str, Any]) -> Media:
-    given = {name: said[name] for name in VIDEO if not _is_empty(said.get(name))}
+    given = {name: value for name, value in said.items() if name in VIDEO and not _is_empty(value)}
+    if not given:
+        return Media(kind, source)
     if kind == "image":
         for name in given:
             raise ValueError(f"{name} is {shown(given[name])}, but an image has no time")
@@ -235,11 +236,11 @@ def _check_keys(values: Mapping[str, Any], known: Collection[str], what: str, hi
 
 
 def _is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, str | list | Mapping) and not value)
+    return value is None or (not value and isinstance(value, str | list | Mapping))
 
 
 def _is_picture(file: Any) -> bool:
-    return isinstance(file, str) and PurePath(file).suffix.lower() in PICTURES
+    return isinstance(file, str) and file.lower().endswith(PICTURES)
 
 
 def _typed(value: Any, kind: type, what: str) -> Any:

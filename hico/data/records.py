@@ -30,12 +30,6 @@ class Record:
         kinds = {media.kind for media in self.media}
         return "video" if "video" in kinds else "image" if kinds else "text"
 
-    @property
-    def num_text_bytes(self) -> int:
-        """Length of all text in bytes of UTF-8."""
-        parts = [part for message in self.messages for part in message["content"] if part["type"] == "text"]
-        return sum(len(part["text"].encode()) for part in parts)
-
 
 def parse_row(
     row: Mapping[str, Any], rows: RowFiles, index: int, *, root: str = "", other_keys: Collection[str] = ()

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from multiprocessing import get_all_start_methods, get_context
 from typing import Any
 
 import numpy as np
@@ -43,6 +45,8 @@ class Survey:
 
 _ROW = [("modality", "i1"), ("text_bytes", "<i4"), ("num_images", "<i4"), ("num_videos", "<i4"), ("seconds", "<f4")]
 _ROW += [("names_end", "<i8"), ("text_key", "<u8")]
+_AT_ONCE = 10_000
+"""Rows that a process parses at once; of longer files, all cores do."""
 
 
 def survey(file: RowFiles, other_keys: Collection[str]) -> Survey:
@@ -68,35 +72,55 @@ def survey(file: RowFiles, other_keys: Collection[str]) -> Survey:
 
 
 def _survey(file: RowFiles, other_keys: Collection[str]) -> dict[str, np.ndarray]:
-    rows = np.zeros(len(file), dtype=_ROW)
-    rows["seconds"] = np.nan
-    names, reasons = [], {}
-    for index in range(len(file)):
-        try:
-            record = parse_row(file[index], file, index, other_keys=other_keys)
-        except ValueError as error:
-            where = file.where(index)
-            reasons[index] = str(error).removeprefix(f"malformed row at {where}: ").removeprefix(f"{where} ")
-            rows[index]["names_end"] = len(names)
-            continue
-        names += [_name(media.source) for media in record.media]
-        num_videos = sum(media.kind == "video" for media in record.media)
-        rows[index] = (
-            MODALITIES.index(record.modality),
-            record.num_text_bytes,
-            len(record.media) - num_videos,
-            num_videos,
-            _seconds(record),
-            len(names),
-            key_of("\n".join(part.get("text", "") for turn in record.messages for part in turn["content"])),
-        )
+    parts = [range(start, min(start + _AT_ONCE, len(file))) for start in range(0, len(file), _AT_ONCE)]
+    read = partial(_survey_part, file, other_keys)
+    if len(parts) > 1 and "fork" in get_all_start_methods():
+        with get_context("fork").Pool(min(len(parts), os.cpu_count() or 1)) as pool:
+            found = pool.map(read, parts, chunksize=1)
+    else:
+        found = map(read, parts)
+    rows, names, reasons = [], [], {}
+    for some_rows, some_names, some_reasons in found:
+        some_rows["names_end"] += len(names)
+        rows.append(some_rows)
+        names += some_names
+        reasons |= some_reasons
     return {
-        "rows": rows,
+        "rows": np.concatenate(rows) if rows else np.zeros(0, dtype=_ROW),
         "names": pack_texts(names),
         "num_names": np.array(len(names)),
         "malformed": np.array(list(reasons), dtype=np.int64),
         "reasons": pack_texts([why.replace("\0", " ") for why in reasons.values()]),
     }
+
+
+def _survey_part(
+    file: RowFiles, other_keys: Collection[str], indices: range
+) -> tuple[np.ndarray, list[str], dict[int, str]]:
+    rows, names, reasons = [], [], {}
+    for index in indices:
+        try:
+            record = parse_row(file[index], file, index, other_keys=other_keys)
+        except ValueError as error:
+            where = file.where(index)
+            reasons[index] = str(error).removeprefix(f"malformed row at {where}: ").removeprefix(f"{where} ")
+            rows.append((0, 0, 0, 0, math.nan, len(names), 0))
+            continue
+        names += [_name(media.source) for media in record.media]
+        texts = [part["text"] for turn in record.messages for part in turn["content"] if part["type"] == "text"]
+        num_videos = sum(media.kind == "video" for media in record.media)
+        rows.append(
+            (
+                MODALITIES.index(record.modality),
+                sum(len(text.encode()) for text in texts),
+                len(record.media) - num_videos,
+                num_videos,
+                _seconds(record),
+                len(names),
+                key_of("\n".join(texts)),
+            )
+        )
+    return np.array(rows, dtype=_ROW), names, reasons
 
 
 def key_of(text: str) -> int:
