@@ -259,13 +259,27 @@ def test_parquet_files_hold_rows_and_pictures(tmp_path, pictures):
 
 
 def test_folders_of_datasets_hold_rows(tmp_path, pictures):
-    datasets = pytest.importorskip("datasets")
-    saved = datasets.Dataset.from_list(pictures)
-    saved.save_to_disk(tmp_path / "d", num_shards=2)
-    check_pictures(tmp_path / "d")
-    datasets.DatasetDict({"train": saved}).save_to_disk(tmp_path / "splits")
+    """Written as `Dataset.save_to_disk` of `datasets` 5 writes them: streams of Arrow, and a file that names them."""
+    arrow = pytest.importorskip("pyarrow")
+    (tmp_path / "splits/train").mkdir(parents=True)
+    names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
+    for name, some in zip(names, (pictures[:4], pictures[4:]), strict=True):
+        table = arrow.Table.from_pylist(some)
+        with arrow.ipc.new_stream(str(tmp_path / "splits/train" / name), table.schema) as stream:
+            stream.write_table(table, max_chunksize=2)
+    state = {"_data_files": [{"filename": name} for name in names], "_split": "train"}
+    (tmp_path / "splits/train/state.json").write_text(json.dumps(state))
+    check_pictures(tmp_path / "splits/train")
+    (tmp_path / "splits/dataset_dict.json").write_text('{"splits": ["train"]}')
     with pytest.raises(ValueError, match=r"name one of its splits \(train\)"):
         Mixture([DatasetSpec(json_path=str(tmp_path / "splits"))])
+
+
+@pytest.mark.slow
+def test_folders_that_datasets_itself_saves_hold_rows(tmp_path, pictures):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(pictures).save_to_disk(tmp_path / "d", num_shards=2)
+    check_pictures(tmp_path / "d")
 
 
 def test_a_table_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
