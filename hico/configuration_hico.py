@@ -105,7 +105,8 @@ class HicoConfig(PreTrainedConfig):
 
     Args:
         text_config: the LLM, as any transformers text configuration or its dict; Qwen2-7B if omitted.
-        encoder: name in `hico.registry.ENCODERS`, or a dict of ``name`` and settings.
+        encoder: name in `hico.registry.ENCODERS`, such as ``"umt"`` or ``"timm:resnet50"``, or a dict of ``name`` and
+            settings.
         compressor: name in `hico.registry.COMPRESSORS`, or a dict of ``name`` and settings.
         clip_len: frames T that the encoder sees together.
         projector_first: project tokens before compressing them, as LongVA does.
@@ -170,7 +171,7 @@ class HicoConfig(PreTrainedConfig):
             raise ValueError(
                 f"the {registry.kind} is {spec!r}; it must be a name, or a mapping with a name and settings"
             )
-        settings = {"name": spec} if isinstance(spec, str) else dict(spec)
+        settings = registry.settings(spec)
         registry.get(settings.get("name"))
         return settings
 

@@ -62,17 +62,25 @@ class Registry:
             target = getattr(importlib.import_module(module), attribute)
         return target
 
+    @staticmethod
+    def settings(spec: str | Mapping[str, Any]) -> dict[str, Any]:
+        """Write out a spec as ``name`` and settings; ``"timm:resnet50"`` is the model resnet50 of timm."""
+        if not isinstance(spec, str):
+            return dict(spec)
+        name, _, model = spec.partition(":")
+        return {"name": name, "model": model} if model else {"name": name}
+
     def build(self, spec: str | Mapping[str, Any], **context: Any) -> Any:
         """Build the part that a config describes.
 
         Args:
-            spec: a name, or a mapping with the key ``name`` and keyword arguments of the class.
+            spec: a name, ``"name:model"``, or a mapping with the key ``name`` and keyword arguments of the class.
             context: further keyword arguments, known to the caller and not stored in the spec.
 
         Raises:
             ValueError: if the name is unknown, or the class does not take one of the settings.
         """
-        settings = {"name": spec} if isinstance(spec, str) else dict(spec)
+        settings = self.settings(spec)
         if "name" not in settings:
             raise ValueError(f"the {self.kind} {settings} has no 'name'; known: {', '.join(self.names())}")
         name = settings.pop("name")
@@ -106,6 +114,7 @@ ENCODERS = Registry(
         "internvideo2": "hico.encoders.internvideo2:InternVideo2Encoder",
         "clip": "hico.encoders.clip:CLIPEncoder",
         "siglip": "hico.encoders.siglip:SiglipEncoder",
+        "timm": "hico.encoders.timm:TimmEncoder",
     },
 )
 COMPRESSORS = Registry(

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -39,6 +40,11 @@ TINY = {
         "num_heads": 2,
         "patch_size": 8,
     },
+    "timm": {
+        "model": "vit_tiny_patch16_224",
+        "image_size": 32,
+        "model_args": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    },
 }
 """Small settings of every encoder: hidden_size 32, 2 blocks that run, clips of 1 and 3 frames must be possible."""
 
@@ -48,6 +54,8 @@ every_encoder = pytest.mark.parametrize("name", ENCODERS.names())
 def build(name: str, **settings):
     if name not in TINY:
         pytest.fail(f"encoder {name!r} has no small settings; add a line to TINY in {__file__}")
+    if name == "timm":
+        pytest.importorskip("timm", reason="timm needs a torchvision that fits torch", exc_type=Exception)
     torch.manual_seed(0)
     encoder = ENCODERS.build({"name": name, **TINY[name], **settings})
     with torch.no_grad():
@@ -256,3 +264,62 @@ def test_frame_encoders_return_a_hidden_state_of_the_transformers_model(
         hidden = full(clips.flatten(0, 1), output_hidden_states=True).hidden_states[feature_layer]
         expected = hidden[:, num_class_tokens:].unflatten(0, (2, 3)).flatten(1, 2)
         assert torch.equal(encoder(clips), expected)
+
+
+# timm ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def timm():
+    return pytest.importorskip("timm", reason="timm needs a torchvision that fits torch", exc_type=Exception)
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "grid"),
+    [
+        ("resnet18", {"image_size": 64}, (2, 2)),
+        ("convnext_atto", {"image_size": 64}, (2, 2)),
+        ("swin_tiny_patch4_window7_224", {"model_args": {"embed_dim": 24, "depths": [1, 1, 1, 1]}}, (7, 7)),
+        ("vit_small_patch16_dinov3", {"image_size": 32, "model_args": {"depth": 1}}, (2, 2)),
+        ("vit_base_patch16_siglip_224", {"image_size": 32, "model_args": {"depth": 1}}, (2, 2)),
+        ("deit3_small_patch16_224", {"image_size": 32, "model_args": {"depth": 1}}, (2, 2)),
+    ],
+)
+def test_backbones_of_timm_give_the_features_that_timm_gives(timm, model, settings, grid):
+    encoder = ENCODERS.build({"name": "timm", "model": model, **settings}).eval()
+    clips = clips_for(encoder, num_clips=1, num_frames=2)
+    assert encoder.grid(2, encoder.image_size, encoder.image_size) == (2, *grid)
+    with torch.no_grad():
+        tokens, features = encoder(clips), encoder.vision_model.forward_features(clips[0])
+    if features.ndim == 4:
+        expected = features if features.shape[1:3] == grid else features.permute(0, 2, 3, 1)
+        expected = expected.flatten(1, 2)
+    else:
+        expected = features[:, encoder.vision_model.num_prefix_tokens :]
+    torch.testing.assert_close(tokens[0], expected.flatten(0, 1))
+    assert encoder.image_mean == tuple(encoder.vision_model.pretrained_cfg["mean"])
+
+
+def test_a_config_names_a_model_of_timm_in_one_word(timm):
+    from hico import HicoConfig
+
+    config = HicoConfig.preset("tiny", encoder="timm:resnet18", compressor={"name": "pooling", "tokens_per_frame": 4})
+    assert config.encoder == {"name": "timm", "model": "resnet18"}
+    assert config.vision.num_video_tokens(8) == 32
+
+
+def test_a_model_that_timm_does_not_have_brings_up_the_nearest(timm):
+    with pytest.raises(ValueError, match=r"no model 'vit_base_patch16_225'; nearest are .*vit_base_patch16_224"):
+        ENCODERS.build("timm:vit_base_patch16_225")
+
+
+@pytest.mark.parametrize("name", ["pretrained", "checkpoint_path"])
+def test_a_config_chooses_no_files_for_timm_to_read(timm, name):
+    with pytest.raises(ValueError, match=f"{name}.*may not set"):
+        ENCODERS.build({"name": "timm", "model": "resnet18", "model_args": {name: "weights.pth"}})
+
+
+def test_without_timm_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match=r"pip install 'hico\[timm\]'"):
+        ENCODERS.build("timm:resnet18")

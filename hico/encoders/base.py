@@ -86,7 +86,7 @@ class VisionEncoder(nn.Module, ABC):
 
 
 class FrameEncoder(VisionEncoder):
-    """Encode frames one by one with a vision model of transformers, which knows frames of one size only.
+    """Encode frames one by one with a model of images, which knows frames of one size only.
 
     Subclasses set these attributes too.
     """
@@ -98,6 +98,16 @@ class FrameEncoder(VisionEncoder):
 
     def grid(self, num_frames: int, height: int, width: int) -> Grid:
         """See ``VisionEncoder.grid``. Pixels beyond the last whole patch are not seen."""
+        self.check_frames(num_frames, height, width)
+        side = self.image_size // self.patch_size
+        return num_frames, side, side
+
+    def check_frames(self, num_frames: int, height: int, width: int) -> None:
+        """Check that there are frames, of the one size that is known.
+
+        Raises:
+            ValueError: if not.
+        """
         if (height, width) != (self.image_size, self.image_size):
             raise ValueError(
                 f"frames of {height} x {width} pixels do not fit the learned positions; "
@@ -105,8 +115,6 @@ class FrameEncoder(VisionEncoder):
             )
         if num_frames < 1:
             raise ValueError(f"clips of {num_frames} frames hold nothing to encode; pass at least one frame")
-        side = self.image_size // self.patch_size
-        return num_frames, side, side
 
     def forward(self, clips_NTCHW: Tensor) -> Tensor:
         """See ``VisionEncoder.forward``."""
