@@ -193,6 +193,18 @@ def test_a_budget_of_tokens_is_never_exceeded(folder, settings):
     assert sum(sizes) > 0.5 * 512 * len(sizes)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("needed", ["pixels", "both"])
+def test_a_budget_holds_what_a_batch_is_given_that_lacks_pixels(folder, monkeypatch, packing, needed):
+    text = {"model_config": {"compressor": {"tokens_per_image": 4}}}
+    recipe = make(folder, max_tokens_per_batch=400, max_length=300, packing=packing, **text)
+    monkeypatch.setattr("hico.train.plan.Prepared.needed", lambda self, world_size: needed)
+    trainer = trainer_for(recipe)
+    batches = list(trainer.get_train_dataloader())
+    assert all("pixel_values" in batch or "pixel_values_videos" in batch for batch in batches)
+    assert max(batch["input_ids"].numel() for batch in batches) <= 400
+
+
 def test_measured_lengths_bound_those_of_examples_closely(folder):
     recipe = make(folder, frame_sampling="dynamic_fps1", max_frames=64)
     prepared = prepare(recipe)

@@ -19,12 +19,26 @@ class BatchRule:
         max_tokens: token budget of a batch instead, from the estimated lengths.
         packed: rows of a batch share one sequence, so a batch costs their sum and no padding.
         group: batches of one modality and similar length.
+        needed: what every batch must have, as `hico.data.collator.Collator` says; what that adds counts in the budget.
+        blank_tokens: tokens of a black image and of a black clip.
     """
 
     batch_size: int
     max_tokens: int | None = None
     packed: bool = False
     group: bool = False
+    needed: str = "rows"
+    blank_tokens: tuple[int, int] = (0, 0)
+
+    def blanks(self, modality: set[int]) -> list[int]:
+        """Return the tokens of the rows that are added to a batch with rows of some modalities (text, image, video).
+
+        A video row may hold images too; it is taken for one that does not.
+        """
+        image, clip = self.blank_tokens
+        if self.needed == "both":
+            return [clip] * (2 not in modality) + [image] * (1 not in modality)
+        return [image] * (self.needed == "pixels" and modality == {0})
 
 
 def compose_batches(
@@ -53,7 +67,7 @@ def compose_batches(
         pools = [np.concatenate([_by_length(part, lengths) for part in _chunks(pool, block)]) for pool in pools]
     else:
         pools = [order]
-    batches = [batch for pool in pools for batch in _cut(pool, lengths, rule)]
+    batches = [batch for pool in pools for batch in _cut(pool, lengths, modality, rule)]
     if rule.group or rule.max_tokens is not None:
         shuffled = np.random.default_rng((seed, epoch, 1)).permutation(len(batches))
         batches = [batches[number] for number in shuffled]
@@ -107,7 +121,7 @@ class BatchSampler(Sampler[list[Key]]):
 
     def _compose(self) -> list[list[int]]:
         if self.seed is None:
-            return _cut(np.arange(len(self.rows)), self.lengths, self.rule)
+            return _cut(np.arange(len(self.rows)), self.lengths, self.modality, self.rule)
         return compose_batches(
             self.rule, lengths=self.lengths, modality=self.modality, seed=self.seed, epoch=self.epoch
         )
@@ -120,18 +134,23 @@ class EpochLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
-def _cut(rows: Sequence[int], lengths: np.ndarray, rule: BatchRule) -> list[list[int]]:
+def _cut(rows: Sequence[int], lengths: np.ndarray, modality: np.ndarray, rule: BatchRule) -> list[list[int]]:
     if rule.max_tokens is None:
         return [list(map(int, part)) for part in _chunks(rows, rule.batch_size)]
-    batches, current, total, longest = [], [], 0, 0
+    batches, current, total, longest, kinds = [], [], 0, 0, set()
     for row in map(int, rows):
-        length = int(lengths[row])
-        grown = total + length if rule.packed else max(longest, length) * (len(current) + 1)
+        length, kind = int(lengths[row]), int(modality[row])
+        blanks = rule.blanks({*kinds, kind})
+        if rule.packed:
+            grown = total + length + sum(blanks)
+        else:
+            grown = max(longest, length, *blanks) * (len(current) + 1 + len(blanks))
         if current and grown > rule.max_tokens:
             batches.append(current)
-            current, total, longest = [], 0, 0
+            current, total, longest, kinds = [], 0, 0, set()
         current.append(row)
         total, longest = total + length, max(longest, length)
+        kinds.add(kind)
     return [*batches, current] if current else batches
 
 

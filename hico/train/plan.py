@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,24 @@ class Prepared:
     def _sampler(
         self, mixture: Mixture, rows: np.ndarray, lengths: np.ndarray, batch_size: int, **order: Any
     ) -> BatchSampler:
-        recipe = self.recipe
+        recipe, vision, needed = self.recipe, self.config.vision, self.needed(order["world_size"])
         rule = BatchRule(batch_size, recipe.max_tokens_per_batch, recipe.packing, recipe.group_by_length)
+        if recipe.max_tokens_per_batch and needed != "rows":
+            blank_tokens = vision.num_image_tokens(), vision.num_video_tokens(vision.clip_len)
+            rule = replace(rule, needed=needed, blank_tokens=blank_tokens)
         return BatchSampler(rule, rows, lengths=lengths[rows], modality=mixture.modality[rows], **order)
+
+    def needed(self, world_size: int) -> str:
+        """Return what every batch must have, see `hico.data.collator.Collator`.
+
+        Devices gather sharded weights together, so all must run the encoder equally often. Where the LLM is frozen,
+        text alone has nothing to learn from, and its loss no gradient.
+        """
+        is_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true" or self.recipe.arguments.get("fsdp")
+        is_sharded = is_fsdp or is_deepspeed_zero3_enabled()
+        if world_size > 1:
+            return "both" if is_sharded else "pixels"
+        return "rows" if "llm" in self.recipe.trainable or self.recipe.lora is not None else "pixels"
 
     @property
     def dtype(self) -> torch.dtype:

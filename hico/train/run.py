@@ -152,6 +152,7 @@ def make_trainer(recipe: Recipe, args: StageArguments, prepared: Prepared) -> St
         recipe=recipe,
         dataset=dataset,
         sampler=prepared.sampler(**place),
+        needed=prepared.needed(args.world_size),
         eval_dataset=eval_dataset,
         eval_sampler=eval_dataset and prepared.eval_sampler(args.per_device_eval_batch_size, **place),
         flops=FlopCounter(unwrapped(model), prepared.schedule),

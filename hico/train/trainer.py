@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hico.data.batching import BatchSampler, EpochLoader
 from hico.data.collator import Collator
@@ -37,6 +36,7 @@ class HicoTrainer(StageTrainer):
         args: training arguments.
         recipe: of the stage.
         dataset, sampler: training rows, and this device's batches of them.
+        needed: what every batch must have, see `hico.data.collator.Collator`.
         eval_dataset, eval_sampler: the same to evaluate on, if any.
         flops, peak_tflops: operations of a batch, and the most a device can do in a second, for the utilisation.
         options: of `StageTrainer`.
@@ -50,6 +50,7 @@ class HicoTrainer(StageTrainer):
         recipe: Recipe,
         dataset: TrainingRows,
         sampler: BatchSampler,
+        needed: str = "rows",
         eval_dataset: TrainingRows | None = None,
         eval_sampler: BatchSampler | None = None,
         flops: FlopCounter | None = None,
@@ -60,27 +61,22 @@ class HicoTrainer(StageTrainer):
         self.flops, self.meter = flops, Meter(dataset.mixture.names, peak_tflops if flops else None)
         self.token_loss = TokenLoss()
         unwrapped(model).loss_function = self.token_loss
-        # Where the LLM is frozen, text alone has nothing to learn from, and its loss no gradient.
-        llm_learns = "llm" in recipe.trainable or recipe.lora is not None
-        needed = "pixels" if args.world_size > 1 or not llm_learns else "rows"
-        collator = Collator(dataset.processor, packing=recipe.packing, needed=needed)
-        frozen = [part for part in PARTS if part not in recipe.trainable and (part != "llm" or not llm_learns)]
+        frozen = [part for part in PARTS if part not in recipe.trainable and (part != "llm" or recipe.lora is None)]
         self._resting, self._visual_ids = modules_of(unwrapped(model), frozen), dataset.visual_ids
         self._parts: list[str] = []
         self._cast: torch.dtype | None = None
         super().__init__(
             model,
             args,
-            data_collator=collator,
+            data_collator=Collator(dataset.processor, packing=recipe.packing, needed=needed),
             train_dataset=dataset,
             eval_dataset=eval_dataset,
             processing_class=dataset.processor,
             **options,
         )
-        if args.world_size > 1 and (is_deepspeed_zero3_enabled() or self.is_fsdp_enabled):
-            # Devices gather sharded weights together, so all must run the encoder equally often: once per batch for
-            # images and once for videos, not once per chunk of clips; the LM head once, not once per chunk of tokens.
-            collator.needed = "both"
+        if needed == "both":
+            # Weights are sharded: the encoder runs once per batch for images and once for videos, not once per chunk
+            # of clips; the LM head once, not once per chunk of tokens.
             core = unwrapped(model).model
             core.encode = partial(core.encode, clips_per_chunk=sys.maxsize)
             unwrapped(model).tokens_per_loss_chunk = sys.maxsize
