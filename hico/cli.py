@@ -54,6 +54,7 @@ def _add_demo(commands) -> None:
     parser.add_argument("--untrained", action="store_true", help="show the steps with a small file made for it")
     parser.add_argument("--question", default="What happens?", help="asked in the steps (%(default)s)")
     parser.add_argument("--folder", default="demo", help="where corpus, models and pictures go (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of corpus, weights and training (%(default)s)")
     _add_video_arguments(parser)
     parser.set_defaults(run=_demo)
 
@@ -251,7 +252,7 @@ def _read_line(prompt: str) -> str:
 
 def _demo(args: argparse.Namespace) -> int:
     if args.video is None and not args.untrained:
-        return _learn(Path(args.folder))
+        return _learn(Path(args.folder), args.seed)
     from hico.demo import run
 
     model, processor = load("tiny", device="cpu")
@@ -259,7 +260,7 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
-def _learn(folder: Path) -> int:
+def _learn(folder: Path, seed: int) -> int:
     """Run the tiny course, then ask about a video that is in no corpus; 1 if the model learned too little."""
     import torch
     from transformers.utils import logging
@@ -269,7 +270,7 @@ def _learn(folder: Path) -> int:
     # Tensors this small gain nothing from more threads, and the data workers want the other core.
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    final, has_learned = run_course(folder)
+    final, has_learned = run_course(folder, seed=seed)
     video, num_right = str(folder / "new.mp4"), 0
     story = new_video(video)
     print(f"\na new video: {story.caption}")

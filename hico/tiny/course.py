@@ -57,7 +57,7 @@ def run_course(
         recipe: a chain; ``${TINY}`` in it stands for the folder.
         scale: size of the corpus.
         overrides: recipe keys for all stages.
-        seed: of corpus and weights.
+        seed: of corpus and weights; one that is not 0 is also of training, in place of the recipe's.
 
     Returns:
         The folder of the trained model, and whether it reached `TARGETS` by looking.
@@ -75,7 +75,8 @@ def run_course(
     videos, images = (len(list((folder / name).iterdir())) for name in ("videos", "images"))
     print(f"corpus: {videos:,} videos and {images:,} pictures in {folder}, {time.perf_counter() - started:.0f} s")
     os.environ["TINY"] = str(folder)
-    recipes = load_recipes(recipe, {"disable_tqdm": not sys.stderr.isatty(), **(overrides or {})})
+    seeds = {"seed": seed + 1} if seed else {}
+    recipes = load_recipes(recipe, {"disable_tqdm": not sys.stderr.isatty(), **seeds, **(overrides or {})})
     title = "held-out questions answered right, with the videos and with blank frames in their place"
     print("\n" + title.rjust(len(_line(*[""] * 11))))
     exams = [*TARGETS, *(f"blank {exam}" for exam in TARGETS)]
