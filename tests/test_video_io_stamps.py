@@ -68,10 +68,24 @@ def write_part(path, first, num_frames, **settings):
 @pytest.mark.parametrize("suffix", ["ts", "mkv", "flv", "vob", "mpg"])
 def test_joined_files_give_every_frame_and_times_that_go_on(tmp_path, caplog, suffix):
     parts = [write_part(tmp_path / f"a.{suffix}", 0, 30), write_part(tmp_path / f"b.{suffix}", 30, 30)]
-    if suffix == "flv":  # The tags alone: FFmpeg stops at a second header.
-        parts[1].write_bytes(parts[1].read_bytes()[13:])
     path = join(tmp_path / f"joined.{suffix}", *parts)
     check(path, caplog, list(range(60)), np.arange(60) / 24, notes=1, says="its clock starts anew")
+
+
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_joined_flv_files_of_other_sizes_give_every_frame(tmp_path, as_bytes):
+    """The second part needs the header of its own encoder, and reads begin behind it."""
+    parts = [write_video(tmp_path / f"{side}.flv", 48, size=(side, side), b_frames=2) for side in (64, 128, 96)]
+    path = join(tmp_path / "joined.flv", *parts)
+    source = path.read_bytes() if as_bytes else path
+    for num_threads in THREADS:
+        settings = {"size": 64, "clip_len": 1, "num_threads": num_threads}
+        assert indices_of(read_video(source, num_frames=144, **settings).frames) == [*range(48)] * 3
+        for first in (30, 60, 80, 100, 130):
+            start, end = (first - 0.4) / 24, (first + 5.6) / 24
+            video = read_video(source, start=start, end=end, num_frames=6, **settings)
+            assert indices_of(video.frames) == [number % 48 for number in range(first, first + 6)]
+            assert video.num_lost == 0
 
 
 @pytest.mark.parametrize("offset", [1000, 60])

@@ -100,7 +100,7 @@ class VideoIndex:
         """Whether a seek can be trusted to lead where it should; otherwise packets are read from the beginning."""
         stamps = self.packets.seek_stamps[self.packets.is_key]
         is_sound = self.packets.container not in STRAY and bool((np.diff(stamps) > 0).all())
-        return self.packets.is_by_bytes or is_sound
+        return self.packets.is_by_bytes or (is_sound and not self.packets.is_switched)
 
 
 def best_video_stream(container: av.container.InputContainer, source: Source) -> av.VideoStream:

@@ -18,6 +18,9 @@ NO_TIME = -(2**63)
 BROKEN_OFF = (av.error.FFmpegError, IndexError)
 """What demuxing raises where a file breaks off; IndexError where damage looks to FFmpeg like one more stream."""
 
+NEW_HEADER = "new_extradata"
+"""PyAV's name of what a packet carries where the decoder's header changes."""
+
 KEY, CLOSED, HIDDEN, BIDIRECTIONAL = 1, 2, 4, 8
 GUESSED = frozenset({"avi", "asf"})
 """Containers that store one time per packet, in the order of decoding; FFmpeg guesses when it is shown."""
@@ -48,6 +51,7 @@ class Packets:
             order of display, ``CLOSED`` is known of the first packet only and ``BIDIRECTIONAL`` of none.
         is_cut_off: whether reading ended in an error, or the last packet is not whole.
         num_missing: packets that the header promises and the file does not hold, where that is known.
+        is_switched: whether the decoder is given another header on the way, as where FLV files were joined.
     """
 
     container: str
@@ -60,6 +64,7 @@ class Packets:
     flags: np.ndarray
     is_cut_off: bool = False
     num_missing: int = 0
+    is_switched: bool = False
 
     def __len__(self) -> int:
         return len(self.pts)
@@ -133,12 +138,13 @@ def list_packets(
     is_told = name not in GUESSED | BY_BYTES and codec not in bitstream.TELLS_TYPES | {"vp8"}
     columns = [array("q") for _ in range(5)]
     pts, dts, duration, position, size = (column.append for column in columns)
-    flags, is_cut_off, is_taken, is_whole = bytearray(), False, False, True
+    flags, is_cut_off, is_taken, is_whole, is_switched = bytearray(), False, False, True, False
     look = _Look(codec, stream.codec_context.extradata)
 
     def listed() -> Packets:
         arrays = [np.array(column, np.int64) for column in columns]
-        return Packets(name, codec, *arrays, np.array(flags, np.uint8), is_cut_off=is_cut_off or not is_whole)
+        marks = np.array(flags, np.uint8)
+        return Packets(name, codec, *arrays, marks, is_cut_off=is_cut_off or not is_whole, is_switched=is_switched)
 
     try:
         for packet in container.demux(stream):
@@ -151,6 +157,7 @@ def list_packets(
                 flag = KEY * packet.is_keyframe + HIDDEN * packet.is_discard
                 flags.append(flag if is_told and flags else look.at(packet, flag))
                 is_whole = not packet.is_corrupt
+                is_switched |= name == "flv" and packet.has_sidedata(NEW_HEADER)
             if not is_taken:
                 is_taken = take(packet)
                 if is_taken and (short := shortcut(listed())):

@@ -16,7 +16,7 @@ import av.error
 from hico.video_io.base import Reader, Sink
 from hico.video_io.bitstream import packets_to_recover
 from hico.video_io.index import VideoIndex, best_video_stream
-from hico.video_io.packets import BROKEN_OFF
+from hico.video_io.packets import BROKEN_OFF, NEW_HEADER
 from hico.video_io.resize import ExactResizer
 from hico.video_io.runs import Run, plan_runs
 from hico.video_io.source import TOO_SLOW, Source, VideoError
@@ -245,7 +245,7 @@ class _Decoder:
 
     def _numbered(self, first: int) -> Iterator[tuple[int, av.Packet]]:
         """Number the packets from a given one on."""
-        number = self._go_to(first)
+        number, header = self._go_to(first), None
         for packet in self._demuxed:
             if number >= len(self._packets) or packet.size != self._packets.size.item(number):
                 self.seeks = (
@@ -253,7 +253,12 @@ class _Decoder:
                 )
                 return
             self._next = number + 1
+            if packet.has_sidedata(NEW_HEADER):
+                header = packet.get_sidedata(NEW_HEADER)
             if number >= first:
+                if header is not None:
+                    packet.set_sidedata(header)
+                    header = None
                 yield number, packet
             number += 1
 

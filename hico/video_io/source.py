@@ -6,12 +6,14 @@ import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import av
 import av.error
+
+from hico.video_io.flv import without_headers
 
 MAX_PIXELS = 1 << 26
 """Pixels of a picture, 8192 x 8192; larger ones are refused, whoever decodes them."""
@@ -111,7 +113,10 @@ class Source:
         """Return a file object over the bytes, at their start; None for a URL. Close it unless it is a view."""
         if self.file is not None:
             return self.fresh_file()
-        return None if self.is_remote else open(self.location, "rb")
+        try:
+            return None if self.is_remote else open(self.location, "rb")
+        except OSError as error:
+            raise VideoError(f"{self.name}: cannot be opened ({_reason(error)}); check the path") from error
 
     def open(self) -> av.container.InputContainer:
         """Open the container.
@@ -152,7 +157,7 @@ class Source:
 def as_source(
     source: str | os.PathLike | bytes | bytearray | memoryview | BinaryIO, *, timeout: float = 30.0
 ) -> Source:
-    """Accept what users call a video.
+    """Accept what users call a video; files of FLV that were joined are seen as one.
 
     Args:
         source: path, URL, folder, bytes or file object.
@@ -191,7 +196,17 @@ def as_source(
 
 
 def _of_file(file: BinaryIO, name: str) -> Source:
-    return Source(name=name, file=file, lock=threading.Lock())
+    return _joined(Source(name=name, file=file, lock=threading.Lock()))
+
+
+def _joined(source: Source) -> Source:
+    """Let files of FLV that were joined be seen as one."""
+    file = source.local_file()
+    spliced = without_headers(file)
+    if spliced is not None:
+        return replace(source, location=None, file=spliced, lock=threading.Lock())
+    file.close()
+    return source
 
 
 def _of_path(location: str, timeout: float) -> Source:
@@ -214,7 +229,8 @@ def _of_path(location: str, timeout: float) -> Source:
         raise VideoError(f"{location}: is neither a file nor a folder; save it to a file, or give its bytes")
     if stat.S_ISREG(kind.st_mode) and not kind.st_size:
         raise VideoError(f"{location}: is empty (0 bytes); fetch it again")
-    return Source(name=location, location=str(path))
+    found = Source(name=location, location=str(path))
+    return _joined(found) if stat.S_ISREG(kind.st_mode) else found
 
 
 def _reason(error: Exception) -> str:
