@@ -1,10 +1,15 @@
 """Laws of the plan: what is decoded, from where, and which keyframe is nearest."""
 
 import numpy as np
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from videos import NUM_FRAMES, write_format
 
+from hico.video_io import pyav, read_video
 from hico.video_io.runs import SEEK_COST, nearest_keyframes, plan_runs
+from hico.video_io.source import Source
 
 FRAME_SETS = st.sets(st.integers(0, 3000), min_size=1, max_size=80).map(sorted)
 STARTS = st.sets(st.integers(1, 3000), max_size=60).map(lambda starts: [0, *sorted(starts)])
@@ -40,3 +45,23 @@ def test_nearest_keyframes_are_nearest(wanted, starts):
     for before, after in zip(wanted, moved, strict=True):
         assert after in starts
         assert abs(after - before) == min(abs(start - before) for start in starts)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("name", ["h264.mp4", "hevc.mp4", "one_keyframe.mp4", "late.mp4"])
+def test_a_clip_is_opened_once_and_no_packet_decoded_twice(tmp_path, monkeypatch, name, num_threads):
+    """What the index has decoded goes on in the same decoder."""
+    path = write_format(tmp_path, name)
+    whole = read_video(path, num_frames=NUM_FRAMES, clip_len=1).frames
+    opened, numbers = [], []
+    open_source, decode = Source.open, pyav._Decoder._decode
+    monkeypatch.setattr(Source, "open", lambda source: opened.append(source) or open_source(source))
+    monkeypatch.setattr(
+        pyav._Decoder, "_decode", lambda self, packet: numbers.append(packet and packet.pts) or decode(self, packet)
+    )
+    video = read_video(path, end=0.5, num_frames=12, clip_len=1, num_threads=num_threads)
+    assert torch.equal(video.frames, whole[:12])
+    assert len(opened) == 1
+    fed = [number for number in numbers if number is not None]
+    assert len(set(fed)) == len(fed)
+    assert 0 not in fed, "decoded for the index"

@@ -53,6 +53,25 @@ def is_closed(data: bytes, codec: str, extradata: bytes | None) -> bool:
     return codec not in REORDERS
 
 
+def has_one_layer(extradata: bytes | None) -> bool:
+    """Tell whether an HEVC stream says that it has no higher temporal layers."""
+    if not extradata:
+        return False
+    if extradata[0] == 1:
+        return len(extradata) > 21 and extradata[21] >> 3 & 7 == 1
+    sets = [unit for unit in _units(extradata, None, length_at=21) if unit[0] >> 1 & 63 == 32]
+    return bool(sets) and all(len(unit) > 3 and unit[3] >> 1 & 7 == 0 for unit in sets)
+
+
+def hevc_picture(data: bytes, extradata: bytes | None) -> tuple[bool, int]:
+    """Return whether pictures of the same layer refer to the one in a packet of HEVC, and its temporal layer."""
+    for unit in _units(data, extradata, length_at=21):
+        kind = unit[0] >> 1 & 63
+        if kind < 32:
+            return kind >= 16 or kind % 2 == 1, (unit[1] & 7) - 1 if len(unit) > 1 else 0
+    return True, 0
+
+
 def picture_types(data: bytes, codec: str) -> str:
     """Return the types of the pictures in a packet of MPEG-1, 2 or 4, such as ``"P"`` or ``"PB"`` (packed)."""
     mark = b"\0\0\1\xb6" if codec == "mpeg4" else b"\0\0\1\0"

@@ -63,6 +63,22 @@ class VideoInfo:
 
 
 @dataclass(frozen=True)
+class Opened:
+    """The container that an index was read from, for whoever decodes first.
+
+    Args:
+        container: open; its decoder may have taken packets.
+        num_packets: packets that the decoder has taken without a fault, where the container goes on behind them; -1
+            where it does not.
+        frames: those that came out, with the numbers of their packets for stamps.
+    """
+
+    container: av.container.InputContainer
+    num_packets: int = -1
+    frames: tuple[av.VideoFrame, ...] = ()
+
+
+@dataclass(frozen=True)
 class VideoIndex:
     """Frames in display order.
 
@@ -74,7 +90,7 @@ class VideoIndex:
         packets: the packets of the stream; None for a folder.
         timeline: their order; None for a folder.
         has_leading: whether frames come after a keyframe in the file and are shown before it (open GOPs).
-        opened: the container, at most one, that the index was read from; the first who decodes may take and seek it.
+        opened: the container, at most one, that the index was read from; the first who decodes may take it.
         notes: what is wrong with the file and was mended, each to be said once.
     """
 
@@ -85,10 +101,10 @@ class VideoIndex:
     packets: Packets | None = None
     timeline: Timeline | None = None
     has_leading: bool = False
-    opened: list[av.container.InputContainer] = field(default_factory=list, compare=False, repr=False)
+    opened: list[Opened] = field(default_factory=list, compare=False, repr=False)
     notes: tuple[str, ...] = ()
 
-    def take_opened(self) -> av.container.InputContainer | None:
+    def take_opened(self) -> Opened | None:
         """Return the open container to the first who asks, from any thread."""
         try:
             return self.opened.pop()
@@ -131,8 +147,12 @@ def _kind(stream: av.stream.Stream) -> str:
     return "a cover picture" if stream.type == "video" else stream.type
 
 
-def build_index(source: Source) -> VideoIndex:
+def build_index(source: Source, *, num_threads: int = 1) -> VideoIndex:
     """Read the index of a video, and its first frame for the size and rotation.
+
+    Args:
+        source: the video.
+        num_threads: threads of the decoder that is left open for whoever decodes.
 
     Raises:
         VideoError: if nothing can be shown.
@@ -146,26 +166,24 @@ def build_index(source: Source) -> VideoIndex:
             name = short_name(container)
             is_short = bool(file) and is_cut_off(file, length, name)
             stream = best_video_stream(container, source)
-            stream.codec_context.thread_count = 1
-            taken: list[av.VideoFrame] = []
-
-            def take(packet: av.Packet) -> bool:
-                taken.extend(_decoded(packet)[:1])
-                return bool(taken)
+            set_threads(stream, num_threads)
+            beginning = _Beginning()
 
             def shortcut(first: Packets) -> Packets | None:
                 is_told = name == "mov" and first.codec not in TELLS_TYPES
-                return list_samples(tables, length, stream.id, first) if is_told else None
+                found = list_samples(tables, length, stream.id, first) if is_told else None
+                beginning.is_all_read = found is None
+                return found
 
             try:
-                packets = list_packets(container, stream, take=take, shortcut=shortcut)
+                packets = list_packets(container, stream, take=beginning.take, shortcut=shortcut)
             except TOO_SLOW as error:
                 raise source.too_slow() from error
             tick = float(stream.time_base)
             declared = stream.average_rate or stream.guessed_rate or Fraction(25)
             exact_rate = stream.codec_context.framerate or declared
             timeline = arrange(packets, tick=tick, frame_ticks=float(1 / exact_rate) / tick)
-            if timeline is None or not taken:
+            if timeline is None or not beginning.frames:
                 raise VideoError(
                     f"{source.name}: none of its {len(packets)} frames could be decoded; the file is damaged or "
                     f"its codec ({packets.codec}) is not supported. Fetch it again, or convert it with ffmpeg"
@@ -173,14 +191,16 @@ def build_index(source: Source) -> VideoIndex:
             seconds = (timeline.ticks - timeline.ticks[0]) * tick
             stack.pop_all()  # Left open for whoever decodes; it closes with the index otherwise.
             return VideoIndex(
-                info=_info(source, packets, taken[0], seconds, declared, _last_duration(packets, timeline, tick)),
+                info=_info(
+                    source, packets, beginning.frames[0], seconds, declared, _last_duration(packets, timeline, tick)
+                ),
                 seconds=seconds,
                 starts=timeline.starts,
                 start=float(timeline.ticks[0] * tick),
                 packets=packets,
                 timeline=timeline,
                 has_leading=_has_leading(packets, timeline),
-                opened=[container],
+                opened=[beginning.opened(container)],
                 notes=tuple(_notes(packets, timeline, seconds, is_short=is_short)),
             )
 
@@ -195,11 +215,40 @@ def _refuse_claims(source: Source, tables: list[Boxes], length: int) -> None:
         )
 
 
-def _decoded(packet: av.Packet) -> list[av.VideoFrame]:
-    try:
-        return packet.decode()
-    except av.error.FFmpegError:
-        return []
+def set_threads(stream: av.VideoStream, num_threads: int) -> None:
+    """Set the threads of a decoder that has taken nothing yet."""
+    stream.codec_context.thread_count = num_threads
+    stream.codec_context.thread_type = "AUTO" if num_threads > 1 else "SLICE"
+
+
+class _Beginning:
+    """Decodes up to the first frame that comes out.
+
+    Attributes:
+        frames: what came out, with the numbers of their packets for stamps.
+        is_all_read: whether the container was then read to its end.
+    """
+
+    def __init__(self) -> None:
+        self.frames: list[av.VideoFrame] = []
+        self.is_all_read = True
+        self._num_packets, self._is_sound = 0, True
+
+    def take(self, packet: av.Packet) -> bool:
+        packet.pts, packet.dts = self._num_packets, None
+        self._num_packets += 1
+        try:
+            self.frames += packet.decode()
+        except av.error.FFmpegError:
+            self._is_sound = False
+        self._is_sound &= packet.size > 0  # An empty one drains the decoder.
+        return bool(self.frames)
+
+    def opened(self, container: av.container.InputContainer) -> Opened:
+        """Hand the container on, with what was decoded if that can be continued."""
+        if self.is_all_read or not self._is_sound:
+            return Opened(container)
+        return Opened(container, self._num_packets, tuple(self.frames))
 
 
 def _info(

@@ -52,7 +52,8 @@ class ReadSettings:
         size: side of a square, or ``(height, width)``, in pixels; as displayed if omitted.
         fit: ``stretch`` does not keep the aspect ratio; ``crop`` resizes the shorter edge to ``size`` and takes the
             middle of the longer one, as CLIP does.
-        scaler: ``exact`` gives the pixels of the published preprocessing; ``fast`` is off by at most one grey level.
+        scaler: ``fast`` is torch's bicubic filter on bytes; ``exact`` is PIL's, as in the published preprocessing, up
+            to seven times slower.
         exact: if False and the samples are a second or more apart, each is moved to the nearest keyframe, which is
             much less work; the times tell the truth, and several samples may be the same frame.
         reader: ``pyav``, or, where installed, ``decord`` or ``torchcodec``. A folder needs none.
@@ -154,11 +155,11 @@ class Plan:
         return num_lost
 
 
-def index_of(source: Source, folder_fps: float) -> VideoIndex:
+def index_of(source: Source, folder_fps: float, *, num_threads: int = 1) -> VideoIndex:
     """Read the index of a video or a folder of images."""
     if _is_folder(source):
         return index_folder(source, folder_fps)
-    return index_animation(source) if is_animation(source) else build_index(source)
+    return index_animation(source) if is_animation(source) else build_index(source, num_threads=num_threads)
 
 
 def make_plan(source: VideoSource, settings: ReadSettings) -> Plan:
@@ -174,7 +175,8 @@ def make_plan(source: VideoSource, settings: ReadSettings) -> Plan:
         reader = FolderReader if _is_folder(source) else AnimationReader
     scaler = SCALERS.get(settings.scaler)
     _check_part(source, settings.start, settings.end)
-    index = index_of(source, settings.folder_fps)
+    num_threads = _num_threads(settings.num_threads)
+    index = index_of(source, settings.folder_fps, num_threads=num_threads)
     first, last, begin, duration = _part(source, index, settings.start, _end(settings, index))
     sampled = _sample(index.seconds[first:last] - begin, duration, index.info.fps, settings)
     if not sampled:
@@ -194,7 +196,7 @@ def make_plan(source: VideoSource, settings: ReadSettings) -> Plan:
         index=index,
         reader=reader(),
         resizer=partial(scaler, size, index.info.rotation, fit=settings.fit, is_mirrored=index.info.is_mirrored),
-        num_threads=_num_threads(settings.num_threads),
+        num_threads=num_threads,
         wanted=wanted,
         places=places,
         seconds=index.seconds[frames],

@@ -14,16 +14,16 @@ import av
 import av.error
 
 from hico.video_io.base import Reader, Sink
-from hico.video_io.bitstream import packets_to_recover
-from hico.video_io.index import VideoIndex, best_video_stream
+from hico.video_io.bitstream import has_one_layer, hevc_picture, packets_to_recover
+from hico.video_io.index import Opened, VideoIndex, best_video_stream, set_threads
 from hico.video_io.packets import BROKEN_OFF, NEW_HEADER
 from hico.video_io.resize import ExactResizer
 from hico.video_io.runs import Run, plan_runs
 from hico.video_io.source import TOO_SLOW, Source, VideoError
 
 SKIPS_UNREFERENCED = frozenset({"h264", "mpeg4", "mpeg2video", "mpeg1video"})
-"""Codecs whose B-frames that nothing refers to are marked for certain. HEVC is not one: its "sub-layer non-reference"
-pictures may still be referred to from higher temporal layers, which phones write."""
+"""Codecs whose B-frames that nothing refers to are marked for certain, so that FFmpeg may skip them. In HEVC pictures
+of higher temporal layers, which phones write, may refer to what is marked; it is left out where there is one layer."""
 
 PACKETS_PER_REFERENCE = 4
 """Recovery is counted in frames that others refer to. Where they are rarer, the decoder withholds frames, and samples
@@ -101,7 +101,10 @@ class _Worker:
 
     def decode(self, run: Run) -> None:
         if self._decoder is None:
-            self._decoder = _Decoder(self._source, self._index, self._num_threads, seeks=self._index.can_seek)
+            opened = self._index.take_opened()  # The first worker's, who decodes the first run.
+            self._decoder = _Decoder(
+                self._source, self._index, self._num_threads, seeks=self._index.can_seek, opened=opened
+            )
         done = self._decode_quickly(run)
         if done < run.last:
             self._decode_carefully(Run(run.start, done, run.last))
@@ -175,12 +178,17 @@ class _Decoder:
         seeks: False once a seek has led to other packets than the index lists; packets are then read from the start.
     """
 
-    def __init__(self, source: Source, index: VideoIndex, num_threads: int, *, seeks: bool):
+    def __init__(
+        self, source: Source, index: VideoIndex, num_threads: int, *, seeks: bool, opened: Opened | None = None
+    ):
         self._source, self._index, self._num_threads = source, index, num_threads
         self._packets, self._timeline = index.packets, index.timeline
-        self.seeks, self._next = seeks, None
-        self._container = index.take_opened() if seeks and num_threads == 1 else None
-        self._open()
+        self.seeks, self._opened = seeks, opened
+        self._container: av.container.InputContainer | None = None
+        if opened is None:
+            self._open()
+        else:
+            self._start(opened.container, opened.num_packets)
 
     def close(self) -> None:
         self._container.close()
@@ -193,32 +201,62 @@ class _Decoder:
             only: positions of the frames that matter. Frames that no other needs may be missing, and decoding ends
                 with the last one of these, or at the first error. If omitted, every good frame up to the end.
         """
-        context = self._stream.codec_context
         is_careful = only is None
         needed = None if is_careful or self._timeline.is_counted else set(self._timeline.numbers[only].tolist())
-        skips = needed is not None and context.name in SKIPS_UNREFERENCED
         is_needed = frozenset(needed or ())
+        packets, frames = self._begin(start, is_careful=is_careful, needed=needed)
+        context = self._stream.codec_context
+        skips = needed is not None and context.name in SKIPS_UNREFERENCED
+        extradata = context.extradata
+        drops = needed is not None and context.name == "hevc" and has_one_layer(extradata)
         place = _Counter(self._index, start) if self._timeline.is_counted else self._timeline.places.item
         earliest = self._index.starts[start].position
         context.skip_frame = "DEFAULT"
-        for number, packet in chain(self._packets_from(start, is_careful=is_careful), [(None, None)]):
-            if packet is not None:
-                packet.pts, packet.dts = number, None
-                if skips:
-                    context.skip_frame = "DEFAULT" if number in is_needed else "NONREF"
-            frames = self._decode(packet)
-            if frames is None and not is_careful:
-                return
-            if needed is not None and number is not None:
-                needed.discard(number)
-                if not needed:
-                    frames = (frames or []) + (self._decode(None) or [])
-            for frame in frames or ():
+        is_over = False
+        while True:
+            if needed is not None and not needed and not is_over:
+                is_over, frames = True, frames + (self._decode(None) or [])
+            for frame in frames:
                 position = -1 if frame.pts is None else place(frame.pts)
                 if position >= earliest and not frame.is_corrupt:
                     yield position, frame
-            if needed is not None and not needed:
+            if is_over:
                 return
+            number, packet = next(packets, (None, None))
+            is_over = packet is None
+            if packet is not None:
+                packet.pts, packet.dts = number, None
+                if drops:
+                    is_referred_to, layer = hevc_picture(bytes(packet), extradata)
+                    if layer:
+                        return  # The header said otherwise.
+                    if not is_referred_to and number not in is_needed:
+                        frames = []
+                        continue
+                if skips:
+                    context.skip_frame = "DEFAULT" if number in is_needed else "NONREF"
+                if needed is not None:
+                    needed.discard(number)
+            frames = self._decode(packet)
+            if frames is None and not is_careful:
+                return
+            frames = frames or []
+
+    def _begin(
+        self, start: int, *, is_careful: bool, needed: set[int] | None
+    ) -> tuple[Iterator[tuple[int, av.Packet]], list[av.VideoFrame]]:
+        """Return numbered packets from a start on, and the frames that are out already.
+
+        The first frames of the video may have been decoded for the index; packets that the decoder has are then taken
+        out of ``needed``.
+        """
+        opened, self._opened = self._opened, None
+        is_begun = opened is not None and opened.num_packets > 0
+        if not is_begun or is_careful or self._index.starts[start].packet:
+            return self._packets_from(start, is_careful=is_careful), []
+        if needed is not None:
+            needed.difference_update(range(opened.num_packets))
+        return self._numbered(opened.num_packets), list(opened.frames)
 
     def _decode(self, packet: av.Packet | None) -> list[av.VideoFrame] | None:
         """Decode a packet, or what is left in the decoder; None if it is broken."""
@@ -232,6 +270,7 @@ class _Decoder:
         target = self._index.starts[start]
         for earlier in range(start, -1, -1):
             number = self._index.starts[earlier].packet
+            self._go_to(number)
             packets = self._numbered(number)
             head = next(packets, None)
             if head is None:
@@ -244,8 +283,8 @@ class _Decoder:
         return iter(())
 
     def _numbered(self, first: int) -> Iterator[tuple[int, av.Packet]]:
-        """Number the packets from a given one on."""
-        number, header = self._go_to(first), None
+        """Number the packets from a given one on, which is the next one or comes later."""
+        number, header = self._next, None
         for packet in self._demuxed:
             if number >= len(self._packets) or packet.size != self._packets.size.item(number):
                 self.seeks = (
@@ -262,17 +301,16 @@ class _Decoder:
                 yield number, packet
             number += 1
 
-    def _go_to(self, first: int) -> int:
-        """Move to a packet or before it; returns the number of the packet that comes next."""
+    def _go_to(self, first: int) -> None:
+        """Move to a packet or before it."""
         self._stream.codec_context.flush_buffers()
         if self._next == first:
-            return first
+            return
         target = self._packets.seek_target(first) if self.seeks else None
         if target is not None:
             self.seeks = self._seek(first, target)
         if not 0 <= self._next <= first:
             self._open()
-        return self._next
 
     def _seek(self, first: int, target: int) -> bool:
         """Seek to a keyframe; False if it does not come."""
@@ -303,16 +341,16 @@ class _Decoder:
             return  # As the index found as well.
 
     def _open(self) -> None:
-        is_used = self._container is not None and self._next is None
-        if not is_used:
-            if self._container is not None:
-                self._container.close()
-            self._container = self._source.open()
-        self._stream = best_video_stream(self._container, self._source)
-        if not is_used:
-            self._stream.codec_context.thread_count = self._num_threads
-            self._stream.codec_context.thread_type = "AUTO" if self._num_threads > 1 else "SLICE"
-        self._demuxed, self._next = self._demux(), -1 if is_used else 0
+        if self._container is not None:
+            self._container.close()
+        self._start(self._source.open(), 0)
+        set_threads(self._stream, self._num_threads)
+
+    def _start(self, container: av.container.InputContainer, number: int) -> None:
+        """Read from a container whose next packet has a number; -1 if it is not known."""
+        self._container, self._next = container, number
+        self._stream = best_video_stream(container, self._source)
+        self._demuxed = self._demux()
 
 
 class _Counter:
