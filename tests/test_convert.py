@@ -133,7 +133,8 @@ def test_longva_is_prompted_without_times_and_sampled_from_end_to_end(tmp_path):
         content = [{"type": "video", "video": frames}, {"type": "text", "text": "Why?"}]
         inputs = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True)
         assert "user\n" + "<|video_pad|>" * 12 + "\nWhy?<|im_end|>" in processor.decode(inputs["input_ids"][0])
-        assert processor.video == {"mode": "linspace", "num_frames": 32, "bounds": "published", "fit": "crop"}
+        sampled = {"mode": "linspace", "num_frames": 32, "bounds": "published", "fit": "crop", "scaler": "exact"}
+        assert processor.video == sampled
         assert processor.video_settings({"num_frames": 16}) == {**processor.video, "num_frames": 16}
         assert processor.image_tiling == "unires"
 

@@ -110,7 +110,8 @@ def test_a_list_of_pictures_is_a_video_and_a_path_is_opened(processor, tmp_path)
     assert inputs["pixel_values_videos"].shape == (1, 4, 3, 48, 48)
     for i, image in enumerate(pictures):
         image.save(tmp_path / f"{i}.png")
-    from_folder = processor("<|video_pad|>", videos=tmp_path, video_kwargs={"mode": "middle", "num_frames": 4})
+    settings = {"mode": "middle", "num_frames": 4, "scaler": "exact"}
+    from_folder = processor("<|video_pad|>", videos=tmp_path, video_kwargs=settings)
     assert torch.equal(from_folder["pixel_values_videos"], inputs["pixel_values_videos"])
 
 

@@ -177,6 +177,7 @@ def test_every_key_of_a_release_is_understood(name):
             "max_frames": 512,
             "multiple_of": 8,
             "end_margin": 0.1,
+            "scaler": "exact",
         },
         "image_tiling": "anyres_nopad",
     }
@@ -204,7 +205,7 @@ def test_longva_dpo_names_a_resampler_that_has_no_weights():
     assert config.text_config.rope_parameters["rope_theta"] == 1e9
     assert found.processor == {
         "time_message": None,
-        "video": {"mode": "linspace", "num_frames": 32, "bounds": "published", "fit": "crop"},
+        "video": {"mode": "linspace", "num_frames": 32, "bounds": "published", "fit": "crop", "scaler": "exact"},
         "image_tiling": [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)],
     }
 

@@ -38,14 +38,14 @@ def test_crop_gives_the_pixels_of_clips_own_processor(size):
 @pytest.mark.parametrize("size", [(64, 96), (96, 66)], ids=str)
 def test_videos_are_cropped_while_they_are_read(tmp_path, size):
     path = write_video(tmp_path / "a.mp4", 8, size=size)
-    settings = {"mode": "middle", "num_frames": 8}
+    settings = {"mode": "middle", "num_frames": 8, "scaler": "exact"}
     full = read_video(path, **settings).frames
     expected = clip_pixels(full, 36)
     assert torch.equal(read_video(path, size=36, fit="crop", **settings).frames, expected)
     with stream_video(path, size=36, fit="crop", chunk_frames=4, **settings) as stream:
         assert torch.equal(torch.cat(list(stream)), expected)
-    fast = read_video(path, size=36, fit="crop", scaler="fast", **settings).frames
-    assert (fast.int() - expected.int()).abs().max() <= 1
+    fast = read_video(path, size=36, fit="crop", **settings | {"scaler": "fast"}).frames
+    assert (fast.int() - expected.int()).abs().max() <= 2
     assert not torch.equal(read_video(path, size=36, **settings).frames, expected)
 
 
@@ -56,14 +56,14 @@ def test_a_turned_video_is_cropped_upright(tmp_path, scaler):
     full = read_video(path, num_frames=4).frames
     assert full.shape[2:] == (98, 64)
     cropped = read_video(path, num_frames=4, size=36, fit="crop", scaler=scaler).frames
-    assert (cropped.int() - clip_pixels(full, 36).int()).abs().max() <= (scaler == "fast")
+    assert (cropped.int() - clip_pixels(full, 36).int()).abs().max() <= 2 * (scaler == "fast")
 
 
 def test_every_picture_of_a_folder_keeps_its_own_ratio(tmp_path):
     pictures = [noise(3, 40, 60), noise(3, 60, 40)]
     for number, picture in enumerate(pictures):
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(tmp_path / f"{number}.png")
-    frames = read_video(tmp_path, num_frames=2, clip_len=1, size=36, fit="crop").frames
+    frames = read_video(tmp_path, num_frames=2, clip_len=1, size=36, fit="crop", scaler="exact").frames
     assert torch.equal(frames, torch.cat([clip_pixels(picture[None], 36) for picture in pictures]))
 
 

@@ -15,7 +15,7 @@ class RowSettings:
     max_frames: int = 8
     """Most frames of a video."""
     video: dict[str, Any] = field(default_factory=dict)
-    """Further settings of `hico.video_io.read_video`, such as ``{scaler: fast, exact: false}``."""
+    """Further settings of `hico.video_io.read_video`, such as ``{scaler: exact, start: 60}``."""
     time_message: Literal["short", "long"] | None = "short"
     """Sentence about duration and sampling after each video: ``short``, ``long`` or nothing."""
     label_scheme: Literal["assistant", "published", "longva"] = "assistant"

@@ -178,6 +178,7 @@ def _videochat_flash(keys: Keys) -> tuple[dict[str, Any], dict[str, Any]]:
             "max_frames": 512,
             "multiple_of": multiple_of,
             "end_margin": 0.1,
+            "scaler": "exact",
         },
         "image_tiling": _tiling(keys, tilings, tile=encoder["image_size"]),
     }
@@ -208,7 +209,13 @@ def _longva(keys: Keys) -> tuple[dict[str, Any], dict[str, Any]]:
     tilings = {"anyres": "unires", "square": "single", None: "single"}
     processor = {
         "time_message": None,
-        "video": {"mode": "linspace", "num_frames": LONGVA_FRAMES, "bounds": "published", "fit": "crop"},
+        "video": {
+            "mode": "linspace",
+            "num_frames": LONGVA_FRAMES,
+            "bounds": "published",
+            "fit": "crop",
+            "scaler": "exact",
+        },
         "image_tiling": _tiling(keys, tilings, tile=encoder["image_size"]),
     }
     return config, processor

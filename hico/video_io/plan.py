@@ -77,7 +77,7 @@ class ReadSettings:
     end_margin: float = 0.0
     size: int | tuple[int, int] | None = None
     fit: str = "stretch"
-    scaler: str = "exact"
+    scaler: str = "fast"
     exact: bool = True
     reader: str = "pyav"
     num_threads: int | None = None

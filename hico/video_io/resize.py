@@ -15,6 +15,9 @@ TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Im
 class ExactResizer:
     """Resize as the published preprocessing does: whole frame to RGB, upright, then PIL's bicubic filter on bytes.
 
+    The filter rounds to bytes after each of its two passes. Pillow goes across first; from 13 on it goes down first
+    where the height shrinks more than the width, as in upright videos, which changes up to 10 % of the values.
+
     One instance serves one thread.
 
     Args:
@@ -56,7 +59,9 @@ class ExactResizer:
 
 
 class FastResizer(ExactResizer):
-    """Resize with torch's vectorised filter: a seventh of the time, at most one grey level off the exact result.
+    """Resize with torch's vectorised filter, in a seventh of the time.
+
+    It goes across first, and is then at most two grey levels off what PIL gives in that order.
 
     swscale's own scaler was slower still (0.97 against 0.72 ms for 720p to 224 px) and 20 levels off on noise.
     """
