@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForImageTextToText, Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -14,6 +13,7 @@ from hico.configuration_hico import HicoConfig, build_compressor
 from hico.generation import VisualGenerationMixin, refuse_without_prompt
 from hico.grids import mosaic_order
 from hico.llm_dropout import DropSchedule, find_handle, patch
+from hico.ops.chunks import sum_over_chunks
 from hico.placeholders import number_items
 from hico.preprocessing import normalize_pixels
 from hico.pretrained import HicoPreTrainedModel
@@ -394,12 +394,7 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, VisualGenerationMixin):
                 **kwargs,
             )
 
-        if len(targets) <= self.tokens_per_loss_chunk:
-            return chunk_loss(hidden_nE, targets)
-        chunks = zip(
-            hidden_nE.split(self.tokens_per_loss_chunk), targets.split(self.tokens_per_loss_chunk), strict=True
-        )
-        return sum(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
+        return sum_over_chunks(chunk_loss, hidden_nE, targets, size=self.tokens_per_loss_chunk)
 
 
 def _as_iterable(clips: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
