@@ -179,6 +179,7 @@ class HicoModel(HicoPreTrainedModel):
         pixel_values_videos: Tensor | None = None,
         video_num_clips: Tensor | None = None,
         visual_embeds: Sequence[Tensor] | None = None,
+        visual_copies: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """Embed a prompt, with visual tokens in the place of their placeholders.
 
@@ -186,6 +187,8 @@ class HicoModel(HicoPreTrainedModel):
             input_ids: ``(B, S)``.
             visual_embeds: tokens encoded before, instead of pixels: one ``(tokens, E)`` per video or image in the
                 order of their placeholders, row by row.
+            visual_copies: how often what is seen stands in the batch: that of all rows, and then that of all again,
+                as where two answers to each prompt are compared. It is given and encoded once.
 
         Returns:
             ``inputs_embeds`` ``(B, S, E)``, and ``visual_mask`` ``(B, S)``: 0 for text, k for the k-th video or image
@@ -215,12 +218,13 @@ class HicoModel(HicoPreTrainedModel):
                 [] if pixel_values_videos is None else self.get_video_features(pixel_values_videos, video_num_clips)
             )
             filled = [("image", kind_BS == 1, images), ("video", kind_BS == 2, videos)]
+        filled = [(name, mask, list(items) * visual_copies) for name, mask, items in filled]
         visual_mask = number_items(
             kind_BS, [(name, mask, [len(tokens) for tokens in items]) for name, mask, items in filled]
         )
         for _, mask, items in filled:
             if items:
-                embeds = embeds.masked_scatter(mask[..., None], torch.cat(list(items)).to(embeds))
+                embeds = embeds.masked_scatter(mask[..., None], torch.cat(items).to(embeds))
         return embeds, visual_mask
 
     @can_return_tuple
@@ -237,6 +241,7 @@ class HicoModel(HicoPreTrainedModel):
         pixel_values_videos: Tensor | None = None,
         video_num_clips: Tensor | None = None,
         visual_embeds: Sequence[Tensor] | None = None,
+        visual_copies: int = 1,
         visual_mask: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -266,7 +271,7 @@ class HicoModel(HicoPreTrainedModel):
             "visual_embeds": visual_embeds,
         }
         if inputs_embeds is None:
-            inputs_embeds, visual_mask = self.embed(input_ids, **visuals)
+            inputs_embeds, visual_mask = self.embed(input_ids, **visuals, visual_copies=visual_copies)
         else:
             refuse_without_prompt(visuals)
         if self.drops_tokens:
@@ -324,10 +329,12 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, VisualGenerationMixin):
         pixel_values_videos: Tensor | None = None,
         video_num_clips: Tensor | None = None,
         visual_embeds: Sequence[Tensor] | None = None,
+        visual_copies: int = 1,
         visual_mask: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor | None = None,
+        loss_per_row: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Predict the next tokens, and the loss if there are labels; see `HicoModel.forward`.
@@ -339,6 +346,8 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, VisualGenerationMixin):
             labels: ``(B, S)`` token ids, -100 where nothing is to be learned.
             logits_to_keep: how many of the last positions get logits, or which; 0 is all. If omitted, all, except in
                 training with labels: there the LM head runs on the labelled positions only, and none are returned.
+            loss_per_row: return as loss ``(B,)`` the summed losses of every row's tokens: minus the logarithm of the
+                probability of all its answers.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -352,6 +361,7 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, VisualGenerationMixin):
             pixel_values_videos=pixel_values_videos,
             video_num_clips=video_num_clips,
             visual_embeds=visual_embeds,
+            visual_copies=visual_copies,
             visual_mask=visual_mask,
             labels=labels,
             use_cache=use_cache,
@@ -366,7 +376,8 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, VisualGenerationMixin):
         plan = getattr(outputs, "drop_plan", None)
         if labels is not None:
             shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-            loss = self._loss(hidden_BSE, shifted if plan is None else plan.shift_labels(labels), **kwargs)
+            targets_BS = shifted if plan is None else plan.shift_labels(labels)
+            loss = (self._row_losses if loss_per_row else self._loss)(hidden_BSE, targets_BS, **kwargs)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -395,6 +406,20 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, VisualGenerationMixin):
             )
 
         return sum_over_chunks(chunk_loss, hidden_nE, targets, size=self.tokens_per_loss_chunk)
+
+    def _row_losses(self, hidden_BSE: Tensor, targets_BS: Tensor, **kwargs) -> Tensor:
+        """Sum the losses of the learned tokens of every row ``(B,)``, chunk by chunk."""
+        learned = targets_BS != IGNORE_INDEX
+        numbers_B1 = torch.arange(len(targets_BS), device=targets_BS.device)[:, None]
+
+        def chunk_losses(hidden_nE: Tensor, targets: Tensor, row_of_token: Tensor) -> Tensor:
+            logits = self.lm_head(hidden_nE)
+            precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            losses = nn.functional.cross_entropy(precise, targets, reduction="none")
+            return torch.where(row_of_token == numbers_B1, losses, 0).sum(dim=1)
+
+        tokens = hidden_BSE[learned], targets_BS[learned], learned.nonzero()[:, 0]
+        return sum_over_chunks(chunk_losses, *tokens, size=self.tokens_per_loss_chunk)
 
 
 def _as_iterable(clips: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
