@@ -32,11 +32,14 @@ class Collator:
         needed: what every batch must have: ``"rows"``; ``"pixels"``, so that every part of the model runs and gets a
             gradient, as data-parallel devices must agree on; or ``"both"`` images and videos, so that the encoder
             runs equally often on every device, as sharded weights need.
+        preferences: rows have two answers each: ``B`` rows with the chosen ones, then the same with the others, and
+            ``visual_copies`` says that the pixels are given once for both.
     """
 
     processor: HicoProcessor
     packing: bool = False
     needed: str = "rows"
+    preferences: bool = False
 
     def __call__(self, examples: Sequence[dict[str, Any] | BadRow]) -> dict[str, Any]:
         bad_rows = [example for example in examples if isinstance(example, BadRow)]
@@ -46,10 +49,15 @@ class Collator:
             rows.append(self._blank("video" if self.needed == "both" else "image"))
         if self.needed == "both" and "pixel_values" not in present:
             rows.append(self._blank("image"))
-        batch = self._pack(rows) if self.packing else self._pad(rows)
+        texts = rows
+        if self.preferences:
+            texts = rows + [{**row, **row.get("rejected", {})} for row in rows]  # a blank row is its own rival
+        batch = self._pack(texts) if self.packing else self._pad(texts)
         for name in PIXELS:
             if values := [row[name] for row in rows if name in row]:
                 batch[name] = torch.cat(values)
+        if self.preferences:
+            batch["visual_copies"] = 2
         # With a cache, transformers takes packed rows for one: it looks for their borders only without.
         return {**batch, "use_cache": False, "num_rows": len(examples), "bad_rows": bad_rows}
 

@@ -58,7 +58,8 @@ class TrainingRows(Dataset):
 
         Returns:
             ``input_ids`` and ``labels`` ``(S,)``, the row's pixels as `HicoProcessor` names them, and its ``modality``
-            and ``dataset`` as numbers. With ``on_bad_sample: skip``, a `BadRow` instead of an error.
+            and ``dataset`` as numbers; of a preference row, these are of the chosen answer, and ``rejected`` holds
+            ``input_ids`` and ``labels`` of the other. With ``on_bad_sample: skip``, a `BadRow` instead of an error.
 
         Raises:
             SampleError: if the row cannot be read; the message names it.
@@ -78,9 +79,18 @@ class TrainingRows(Dataset):
 
     def _example(self, record: Record, seed: int, video_settings: dict[str, Any]) -> dict[str, Any]:
         media = self._read(record.media, seed, video_settings) if record.media else []
+        example = {**self._written(record.messages, media), "modality": MODALITIES.index(record.modality)}
+        if record.rejected is not None:
+            other = self._written(record.rejected, media)
+            if torch.equal(other["input_ids"], example["input_ids"]):
+                raise SampleError(f"its two answers differ only behind max_length {self.settings.max_length}")
+            example["rejected"] = {name: other[name] for name in ("input_ids", "labels")}
+        return example
+
+    def _written(self, messages: list[dict[str, Any]], media: list) -> dict[str, Any]:
         try:
             batch = self.processor(
-                [self.labels.mark(record.messages)],
+                [self.labels.mark(messages)],
                 images=[item for item in media if not isinstance(item, Video)] or None,
                 videos=[_with_tensor(item) for item in media if isinstance(item, Video)] or None,
                 padding=False,
@@ -91,7 +101,6 @@ class TrainingRows(Dataset):
         example["input_ids"] = ids = batch["input_ids"][0]
         answers = batch["assistant_masks"][0] if "assistant_masks" in batch else torch.zeros_like(ids)
         example["labels"] = ids.masked_fill(~self.labels.learned(ids, answers), IGNORE_INDEX)
-        example["modality"] = MODALITIES.index(record.modality)
         return self._fit(example)
 
     def _fit(self, example: dict[str, Any]) -> dict[str, Any]:

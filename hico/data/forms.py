@@ -105,6 +105,8 @@ def check_row_keys(row: Mapping[str, Any], others: Collection[str]) -> None:
     """Raise ``ValueError`` at a key of a row that is neither known nor among ``others``, nor empty."""
     known = (*TALKS, *SYSTEM, "video", "videos", "image", "images", "duration", *VIDEO)
     said = {key: value for key, value in row.items() if key not in (*NOTES, *others)}
+    if "rejected" in said or "chosen" in said or "rejected_response" in said:
+        raise ValueError("it has two answers, which only preference rows have; see objective: preference")
     _check_keys(said, known, "a row", "; if it is a note, name it in other_keys of the dataset")
 
 

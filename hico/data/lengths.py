@@ -31,7 +31,8 @@ def estimate_lengths(mixture: Mixture, processor: HicoProcessor, settings: RowSe
     and by the sentence about each video.
 
     Returns:
-        ``(n,)`` int64, at most ``max_length``.
+        ``(n,)`` int64, at most ``max_length``; of a preference row twice that of the longer answer, since a batch has
+        a row for each.
     """
     vision = processor.vision
     frames = np.full(len(mixture), settings.max_frames, dtype=np.float64)
@@ -48,7 +49,8 @@ def estimate_lengths(mixture: Mixture, processor: HicoProcessor, settings: RowSe
     sentence = time_message(settings.time_message, duration=100, seconds=range(settings.max_frames))
     visual += mixture.num_videos * len(processor.tokenizer(sentence)["input_ids"])
     per_row, per_byte = _fit_text(mixture, processor)
-    return np.clip(np.ceil(visual + per_row + per_byte * mixture.text_bytes), 1, settings.max_length).astype(np.int64)
+    lengths = np.ceil(visual + per_row + per_byte * mixture.text_bytes)
+    return _of_batch(lengths.astype(np.int64), mixture, settings)
 
 
 def measure_lengths(mixture: Mixture, processor: HicoProcessor, settings: RowSettings) -> np.ndarray:
@@ -58,7 +60,7 @@ def measure_lengths(mixture: Mixture, processor: HicoProcessor, settings: RowSet
     measured counts ``max_length``.
 
     Returns:
-        ``(n,)`` int64, at most ``max_length``; no row has more tokens.
+        ``(n,)`` int64, as `estimate_lengths`; no row has more tokens.
     """
     stats = [_stat(source) for index in range(len(mixture)) for source in mixture.sources(index)]
     rows = hashlib.sha256(mixture.rows.tobytes()).hexdigest()
@@ -66,7 +68,7 @@ def measure_lengths(mixture: Mixture, processor: HicoProcessor, settings: RowSet
     told += [processor.chat_template, processor.to_dict(), vars(settings), [vars(d.spec) for d in mixture.datasets]]
     content = json.dumps(told, default=str, sort_keys=True)
     found = cached("lengths", [content], lambda: {"lengths": _measure_all(mixture, processor, settings)})
-    return np.clip(found["lengths"], 1, settings.max_length)
+    return _of_batch(found["lengths"], mixture, settings)
 
 
 def _measure_all(mixture: Mixture, processor: HicoProcessor, settings: RowSettings) -> np.ndarray:
@@ -95,12 +97,17 @@ def _measure_all(mixture: Mixture, processor: HicoProcessor, settings: RowSettin
     def length_of(index: int) -> int:
         record = mixture.record(index)
         own = mixture.spec(index).video_settings
-        text = processor.apply_chat_template(record.messages)
-        placed = len(processor.tokenizer(text)["input_ids"])
+        texts = [processor.apply_chat_template(talk) for talk in record.talks]
+        placed = max(len(ids) for ids in processor.tokenizer(texts)["input_ids"])
         return placed + sum(tokens_of(item, own) for item in record.media)
 
     with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
         return np.array(list(pool.map(length_of, range(len(mixture)))), dtype=np.int64)
+
+
+def _of_batch(lengths: np.ndarray, mixture: Mixture, settings: RowSettings) -> np.ndarray:
+    """Return what rows take in a batch, where each of two answers has a row of its own."""
+    return np.clip(lengths, 1, settings.max_length) * (2 if mixture.preferences else 1)
 
 
 def _grids(processor: HicoProcessor) -> list[tuple[int, int]]:
@@ -119,7 +126,7 @@ def _stat(source) -> tuple[str, int, int]:
 def _fit_text(mixture: Mixture, processor: HicoProcessor, num_rows: int = 64) -> tuple[float, float]:
     """Fit the tokens of a row's text, the headers of its turns included: so many per row and per byte."""
     chosen = np.linspace(0, len(mixture) - 1, min(num_rows, len(mixture))).astype(int)
-    texts = [processor.apply_chat_template(mixture.record(index).messages) for index in chosen.tolist()]
+    texts = [processor.apply_chat_template(mixture.record(index).longest_talk) for index in chosen.tolist()]
     tokens = np.array([len(ids) for ids in processor.tokenizer(texts)["input_ids"]], dtype=np.float64)
     columns = np.stack([np.ones(len(chosen)), mixture.text_bytes[chosen]], axis=1)
     per_row, per_byte = np.linalg.lstsq(columns, tokens, rcond=None)[0]

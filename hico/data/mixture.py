@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from hico.data.pairs import parse_pair
 from hico.data.records import Record, parse_row
 from hico.data.rowfiles import RowFiles, Source, exists, size_of
 from hico.data.spec import DatasetSpec, check_reader, expand_path, read_specs, select_rows
@@ -24,6 +25,7 @@ class _Dataset:
     surveys: list[Survey]
     offsets: np.ndarray
     """Number of the first row of every file, and at last the number of rows."""
+    preferences: bool
 
     def __len__(self) -> int:
         return int(self.offsets[-1])
@@ -40,7 +42,8 @@ class _Dataset:
     def record(self, row: int) -> Record:
         which, index = self.place(row)
         file = self.files[which]
-        return parse_row(file[index], file, index, root=self.spec.data_root, other_keys=self.spec.other_keys)
+        parse = parse_pair if self.preferences else parse_row
+        return parse(file[index], file, index, root=self.spec.data_root, other_keys=self.spec.other_keys)
 
     def sources(self, row: int) -> Iterator[Source]:
         """Yield the files that a row names."""
@@ -78,6 +81,7 @@ class Mixture:
         sampling_strategy: applied to every dataset after its own.
         check_files: look for every file that a row names.
         on_bad_sample: ``skip`` leaves malformed rows out, with one warning, instead of raising.
+        preferences: whether rows have two answers each; plain rows are malformed then, and these are otherwise.
 
     Raises:
         ValueError: if rows are malformed (the message counts them, and gives file, line and reason of three), or no
@@ -93,8 +97,10 @@ class Mixture:
         sampling_strategy: str = "all",
         check_files: bool = True,
         on_bad_sample: str = "raise",
+        preferences: bool = False,
     ):
-        self.datasets = [_open(spec) for spec in specs]
+        self.preferences = preferences
+        self.datasets = [_open(spec, preferences) for spec in specs]
         self.taken: list[np.ndarray] = []
         facts, malformed = [], []
         for number, dataset in enumerate(self.datasets):
@@ -207,11 +213,11 @@ def read_mixture(data: str | list, **options: Any) -> Mixture:
     return Mixture(read_specs(data), **options)
 
 
-def _open(spec: DatasetSpec) -> _Dataset:
+def _open(spec: DatasetSpec, preferences: bool) -> _Dataset:
     check_reader(spec.video_read_type)
     files = [open_rows(path) for path in expand_path(spec.json_path)]
-    surveys = [survey(file, spec.other_keys) for file in files]
-    return _Dataset(spec, files, surveys, np.cumsum([0, *map(len, files)]))
+    surveys = [survey(file, spec.other_keys, preferences=preferences) for file in files]
+    return _Dataset(spec, files, surveys, np.cumsum([0, *map(len, files)]), preferences)
 
 
 def _complain(malformed: list[str], on_bad_sample: str) -> None:

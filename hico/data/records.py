@@ -23,12 +23,24 @@ class Record:
     """File and line, for messages."""
     duration: float | None = None
     """Seconds that the row says its videos last together, if it does."""
+    rejected: list[dict[str, Any]] | None = None
+    """Of a preference row, whose ``messages`` end with the chosen answer: the same with the other one."""
 
     @property
     def modality(self) -> str:
         """``video`` if there is one, else ``image`` or ``text``."""
         kinds = {media.kind for media in self.media}
         return "video" if "video" in kinds else "image" if kinds else "text"
+
+    @property
+    def talks(self) -> list[list[dict[str, Any]]]:
+        """The conversation; of a preference row both, with the chosen answer and with the other."""
+        return [self.messages] if self.rejected is None else [self.messages, self.rejected]
+
+    @property
+    def longest_talk(self) -> list[dict[str, Any]]:
+        """The conversation, with the longer of two answers."""
+        return max(self.talks, key=_num_bytes)
 
 
 def parse_row(
@@ -65,6 +77,11 @@ def parse_row(
     except (ValueError, KeyError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"malformed row at {rows.where(index)}: {reason}") from error
+
+
+def _num_bytes(messages: list[dict[str, Any]]) -> int:
+    parts = [part for message in messages for part in message["content"] if part["type"] == "text"]
+    return sum(len(part["text"].encode()) for part in parts)
 
 
 def _found(source: Any, rows: RowFiles, index: int, root: str) -> Any:

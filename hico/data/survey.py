@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from multiprocessing import get_all_start_methods, get_context
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from hico.data.cache import cached, pack_texts, unpack_texts
+from hico.data.pairs import parse_pair
 from hico.data.records import Record, parse_row
 from hico.data.rowfiles import Blob, RowFiles, ShardMember, Source
 
@@ -49,15 +50,16 @@ _AT_ONCE = 10_000
 """Rows that a process parses at once; of longer files, all cores do."""
 
 
-def survey(file: RowFiles, other_keys: Collection[str]) -> Survey:
+def survey(file: RowFiles, other_keys: Collection[str], *, preferences: bool = False) -> Survey:
     """Parse every row of a file once, or look up what came of it the last time.
 
     Args:
         file: its rows.
         other_keys: see `hico.data.records.parse_row`.
+        preferences: whether they are preference rows, see `hico.data.pairs.parse_pair`.
     """
-    content = [file.sha256, json.dumps(sorted(other_keys))]
-    found = cached("survey", content, lambda: _survey(file, other_keys))
+    content = [file.sha256, json.dumps(sorted(other_keys)), *(["preferences"] if preferences else [])]
+    found = cached("survey", content, lambda: _survey(file, other_keys, parse_pair if preferences else parse_row))
     rows, count = found["rows"], int(found["num_names"])
     reasons = unpack_texts(found["reasons"], len(found["malformed"]))
     return Survey(
@@ -71,9 +73,9 @@ def survey(file: RowFiles, other_keys: Collection[str]) -> Survey:
     )
 
 
-def _survey(file: RowFiles, other_keys: Collection[str]) -> dict[str, np.ndarray]:
+def _survey(file: RowFiles, other_keys: Collection[str], parse: Callable[..., Record]) -> dict[str, np.ndarray]:
     parts = [range(start, min(start + _AT_ONCE, len(file))) for start in range(0, len(file), _AT_ONCE)]
-    read = partial(_survey_part, file, other_keys)
+    read = partial(_survey_part, file, other_keys, parse)
     if len(parts) > 1 and "fork" in get_all_start_methods():
         with get_context("fork").Pool(min(len(parts), os.cpu_count() or 1)) as pool:
             found = pool.map(read, parts, chunksize=1)
@@ -95,19 +97,19 @@ def _survey(file: RowFiles, other_keys: Collection[str]) -> dict[str, np.ndarray
 
 
 def _survey_part(
-    file: RowFiles, other_keys: Collection[str], indices: range
+    file: RowFiles, other_keys: Collection[str], parse: Callable[..., Record], indices: range
 ) -> tuple[np.ndarray, list[str], dict[int, str]]:
     rows, names, reasons = [], [], {}
     for index in indices:
         try:
-            record = parse_row(file[index], file, index, other_keys=other_keys)
+            record = parse(file[index], file, index, other_keys=other_keys)
         except ValueError as error:
             where = file.where(index)
             reasons[index] = str(error).removeprefix(f"malformed row at {where}: ").removeprefix(f"{where} ")
             rows.append((0, 0, 0, 0, math.nan, len(names), 0))
             continue
         names += [_name(media.source) for media in record.media]
-        texts = [part["text"] for turn in record.messages for part in turn["content"] if part["type"] == "text"]
+        texts = [part["text"] for turn in record.longest_talk for part in turn["content"] if part["type"] == "text"]
         num_videos = sum(media.kind == "video" for media in record.media)
         rows.append(
             (
