@@ -15,9 +15,7 @@ from hico.data.media import read_media
 from hico.data.rowfiles import Blob
 
 DOCUMENT = (Path(__file__).parents[1] / "docs/data.md").read_text()
-ROWS = re.findall(
-    r"^\| (.+?) \| `(\{.+\})` \|$", DOCUMENT.partition("## Preference rows")[0], flags=re.MULTILINE
-)
+ROWS = re.findall(r"^\| (.+?) \| `(\{.+\})` \|$", DOCUMENT.partition("## Preference rows")[0], flags=re.MULTILINE)
 CAT = [Media("video", "cat.mp4")]
 PART = [Media("video", "cat.mp4", 60.0, 90.5)]
 SKY = [Media("image", "a.png")]

@@ -21,9 +21,7 @@ from hico.data.spec import DatasetSpec
 from hico.prompt import IGNORE_INDEX
 from hico.train.plan import prepare
 
-FORMS = re.findall(
-    r"^\| (.+?) \| `(\{.+\})` \|$", DOCUMENT.partition("## Preference rows")[2], flags=re.MULTILINE
-)
+FORMS = re.findall(r"^\| (.+?) \| `(\{.+\})` \|$", DOCUMENT.partition("## Preference rows")[2], flags=re.MULTILINE)
 PAIR = {"video": "a.mp4", "prompt": "What?", "chosen": "A cat.", "rejected": "A dog."}
 USER = {"from": "human", "value": "What?"}
 CAT, DOG = ({"from": "gpt", "value": f"A {animal}."} for animal in ("cat", "dog"))

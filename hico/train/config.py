@@ -1,8 +1,9 @@
 """A recipe: what a stage trains, on what, and how."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from hico.data.fields import check_keys, check_types
 from hico.data.settings import RowSettings
 from hico.registry import import_plugins
 
@@ -10,6 +11,36 @@ Part = Literal["encoder", "compressor", "projector", "llm"]
 """What can be trained, frozen, or given a learning rate of its own."""
 PARTS = get_args(Part)
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceSettings:
+    """How ``objective: preference`` compares two answers."""
+
+    beta: float = 0.1
+    """How dearly the distance from the starting model is paid for, above 0."""
+    label_smoothing: float = 0.0
+    """Share of the pairs that are taken to be the wrong way round, in [0, 0.5)."""
+    loss_type: Literal["sigmoid"] = "sigmoid"
+    """Loss of a margin: ``sigmoid``, that of DPO."""
+
+    @classmethod
+    def of(cls, settings: dict[str, Any] | None) -> "PreferenceSettings":
+        """Return what a recipe says, or what holds without a word.
+
+        Raises:
+            ValueError: if a setting is unknown, of another type, or out of its range.
+        """
+        settings = settings or {}
+        check_keys(settings, [known.name for known in fields(cls)], what="preference")
+        check_types(settings, cls)
+        made = cls(**settings)
+        if made.beta <= 0 or not 0 <= made.label_smoothing < 0.5:
+            raise ValueError(
+                f"preference has beta {made.beta} and label_smoothing {made.label_smoothing}; use a beta above 0, and "
+                "a share below 0.5, from which on the rejected answers would win"
+            )
+        return made
 
 
 @dataclass(kw_only=True)
@@ -33,8 +64,11 @@ class Recipe(RowSettings):
     """Share of the training rows to hold out instead, in [0, 1)."""
     sampling_strategy: str = "all"
     """Rows to take of every dataset, after the dataset's own strategy."""
-    objective: Literal["answers", "tracks"] = "answers"
-    """What is learned: ``answers``; or ``tracks``, the encoder alone on what moves, see `hico.tiny.tracks`."""
+    objective: Literal["answers", "preference", "tracks"] = "answers"
+    """What is learned: ``answers``; ``preference``, which of two answers is the better one; or ``tracks``, the
+    encoder alone on what moves, see `hico.tiny.tracks`."""
+    preference: dict | None = None
+    """How answers are compared: keywords of `PreferenceSettings`."""
     trainable: list[Part] = field(default_factory=lambda: list(PARTS))
     """Parts that learn; the others are frozen."""
     part_learning_rates: dict[Part, float] = field(default_factory=dict)
@@ -76,8 +110,10 @@ class Recipe(RowSettings):
 
     def __post_init__(self):
         import_plugins(self.plugins)
+        PreferenceSettings.of(self.preference)
         frozen = sorted(set(self.part_learning_rates) - set(self.trainable))
         low, high, budget = self.min_frames, self.max_frames, self.max_tokens_per_batch
+        is_pairs = self.objective == "preference"
         is_tracks, has_adapters = self.objective == "tracks", self.lora is not None
         for is_wrong, message in (
             (is_tracks and self.trainable != ["encoder"], "objective tracks trains the encoder: trainable: [encoder]"),
@@ -85,13 +121,22 @@ class Recipe(RowSettings):
                 is_tracks and self.evaluates,
                 "objective tracks evaluates nothing; leave out eval_fraction and eval_data",
             ),
+            (self.preference is not None and not is_pairs, "preference is for objective: preference; set that too"),
+            (is_pairs and self.packing, "packing cannot be combined with objective preference, which compares rows"),
+            (
+                is_pairs and self.label_scheme != "assistant",
+                f"objective preference compares answers alone; label_scheme {self.label_scheme} learns more of a row",
+            ),
             (frozen, f"part_learning_rates names {frozen}, which `trainable` freezes"),
             (has_adapters and "llm" in self.trainable, "lora trains adapters; take 'llm' out of `trainable`"),
             (self.quantization and not has_adapters, "quantization is for an LLM that only adapters change; set lora"),
             (not 1 <= low <= high, f"min_frames {low} and max_frames {high} contradict each other"),
             (self.eval_fraction and self.eval_data, "eval_fraction and eval_data exclude each other; give one"),
             (self.packing and not budget, "packing fills sequences up to a token budget; set max_tokens_per_batch"),
-            (budget and budget < self.max_length, f"max_tokens_per_batch {budget} is below max_length"),
+            (
+                budget and budget < self.max_length * (1 + is_pairs),
+                f"max_tokens_per_batch {budget} is below max_length" + " of two answers" * is_pairs,
+            ),
             (
                 budget and self.global_batch_size,
                 "global_batch_size counts rows, max_tokens_per_batch varies them; set global_batch_size: null",

@@ -65,8 +65,9 @@ class Prepared:
         recipe, vision, needed = self.recipe, self.config.vision, self.needed(order["world_size"])
         rule = BatchRule(batch_size, recipe.max_tokens_per_batch, recipe.packing, recipe.group_by_length)
         if recipe.max_tokens_per_batch and needed != "rows":
-            blank_tokens = vision.num_image_tokens(), vision.num_video_tokens(vision.clip_len)
-            rule = replace(rule, needed=needed, blank_tokens=blank_tokens)
+            image, clip = vision.num_image_tokens(), vision.num_video_tokens(vision.clip_len)
+            rows = 2 if mixture.preferences else 1
+            rule = replace(rule, needed=needed, blank_tokens=(rows * image, rows * clip))
         return BatchSampler(rule, rows, lengths=lengths[rows], modality=mixture.modality[rows], **order)
 
     def needed(self, world_size: int) -> str:
@@ -141,7 +142,7 @@ def prepare(
         check_weights(Path(recipe.model), config)
     schedule = read_schedule(recipe, config)
     options = {"seed": recipe.seed, "check_files": recipe.check_files and is_first}
-    options["on_bad_sample"] = recipe.on_bad_sample
+    options |= {"on_bad_sample": recipe.on_bad_sample, "preferences": recipe.objective == "preference"}
     mixture = read_mixture(recipe.data, sampling_strategy=recipe.sampling_strategy, **options)
     if mixture.num_videos.any():
         # What is asked of the trained model later sees as many frames, chosen without chance.

@@ -106,6 +106,9 @@ def _memory(recipe: Recipe, prepared: Prepared, model: HicoForConditionalGenerat
         "LLM activations": activations(tokens, llm.hidden_size, llm.num_hidden_layers),
         "encoder act.": activations(patches, encoder.hidden_size, depth if parameters["encoder"][0] else 0),
     }
+    if recipe.objective == "preference" and recipe.lora is None:
+        half = half or recipe.frozen_dtype not in (None, "float32")
+        sizes["reference"] = learned * (2 if half else 4)  # a copy of what learns; it shares the rest
     sizes["together"] = sum(sizes.values())
     sharded = f"ZeRO-{zero}" if zero is not None else "not sharded by DeepSpeed"
     title = (

@@ -19,6 +19,7 @@ from hico.train.config import PARTS, Recipe
 from hico.train.lora import add_lora, load_model
 from hico.train.parts import fit_vocabulary, freeze, modules_of
 from hico.train.plan import Prepared, load_config, prepare
+from hico.train.preference import PreferenceTrainer
 from hico.train.safeguards import BadRows
 from hico.train.stage_trainer import StageTrainer
 from hico.train.throughput import FlopCounter, peak_tflops
@@ -146,7 +147,7 @@ def make_trainer(recipe: Recipe, args: StageArguments, prepared: Prepared) -> St
         prepared.eval_mixture, prepared.processor, recipe, seed=args.seed
     )
     place = {"rank": args.process_index, "world_size": args.world_size}
-    return HicoTrainer(
+    return (PreferenceTrainer if recipe.objective == "preference" else HicoTrainer)(
         model,
         args,
         recipe=recipe,

@@ -42,6 +42,8 @@ class HicoTrainer(StageTrainer):
         options: of `StageTrainer`.
     """
 
+    meter_type = Meter
+
     def __init__(
         self,
         model: nn.Module,
@@ -58,17 +60,18 @@ class HicoTrainer(StageTrainer):
         **options: Any,
     ):
         self.recipe, self.sampler, self.eval_sampler = recipe, sampler, eval_sampler
-        self.flops, self.meter = flops, Meter(dataset.mixture.names, peak_tflops if flops else None)
+        self.flops, self.meter = flops, self.meter_type(dataset.mixture.names, peak_tflops if flops else None)
         self.token_loss = TokenLoss()
         unwrapped(model).loss_function = self.token_loss
         frozen = [part for part in PARTS if part not in recipe.trainable and (part != "llm" or recipe.lora is None)]
+        pairs = dataset.mixture.preferences
         self._resting, self._visual_ids = modules_of(unwrapped(model), frozen), dataset.visual_ids
         self._parts: list[str] = []
         self._cast: torch.dtype | None = None
         super().__init__(
             model,
             args,
-            data_collator=Collator(dataset.processor, packing=recipe.packing, needed=needed),
+            data_collator=Collator(dataset.processor, packing=recipe.packing, needed=needed, preferences=pairs),
             train_dataset=dataset,
             eval_dataset=eval_dataset,
             processing_class=dataset.processor,
@@ -181,18 +184,15 @@ class HicoTrainer(StageTrainer):
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Return the mean loss of a learned token of the held-out rows: of all, and per modality."""
-        start, meter = time.perf_counter(), Meter(self.eval_dataset.mixture.names)
+        start, meter = time.perf_counter(), self.meter_type(self.eval_dataset.mixture.names)
         model = self.model_wrapped
         was_training = model.training
         model.eval()
         for batch in self.get_eval_dataloader():
             batch = self._prepare_inputs(batch)
             self.bad_rows.count(batch.pop("num_rows"), batch.pop("bad_rows"))
-            modality, dataset = batch.pop("modality"), batch.pop("dataset")
-            with self.compute_loss_context_manager(), self.token_loss.remembered() as losses:
-                model(**batch, logits_to_keep=1)
-            learned = batch["labels"][:, 1:] != IGNORE_INDEX
-            meter.add_losses(torch.cat(losses), modality[:, 1:][learned], dataset[:, 1:][learned])
+            with self.compute_loss_context_manager():
+                self.evaluate_batch(model, batch, meter)
         model.train(was_training)
         sums = meter.totals(self.sum_over_devices)
         losses, counts = (sum(sums[f"{what}_{kind}"] for kind in MODALITIES) for what in ("loss", "count"))
@@ -203,6 +203,14 @@ class HicoTrainer(StageTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def evaluate_batch(self, model: nn.Module, batch: dict[str, Any], meter: Meter) -> None:
+        """Add the losses of a batch to a meter."""
+        modality, dataset = batch.pop("modality"), batch.pop("dataset")
+        with self.token_loss.remembered() as losses:
+            model(**batch, logits_to_keep=1)
+        learned = batch["labels"][:, 1:] != IGNORE_INDEX
+        meter.add_losses(torch.cat(losses), modality[:, 1:][learned], dataset[:, 1:][learned])
 
     # Parts --------------------------------------------------------------------------------------------------------
 
