@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_data_forms import DOCUMENT
 from test_data_mixture import write_rows
-from train_corpus import make
+from train_corpus import make, write_pairs
 
 from hico.data.collator import Collator
 from hico.data.dataset import BadRow, TrainingRows
@@ -108,12 +108,7 @@ def test_plain_rows_and_pairs_are_not_taken_for_each_other(tmp_path, caplog):
 @pytest.fixture
 def pairs(folder):
     """The rows of the corpus with a second answer each."""
-    rows = json.loads((folder / "rows.json").read_text())
-    for number, row in enumerate(rows):
-        row["prompt"] = row.pop("conversations")[:1]
-        row |= {"chosen": f"number {number}", "rejected": "I " + "do not " * (number % 4) + "know"}
-    write_rows(folder / "pairs.json", rows)
-    (folder / "pairs.yaml").write_text("datasets:\n  - {json_path: pairs.json, data_root: .}\n")
+    write_pairs(folder)
     return folder
 
 

@@ -40,6 +40,17 @@ def write_corpus(folder: Path, *, num_rows: int = 12) -> Path:
     return folder / "mix.yaml"
 
 
+def write_pairs(folder: Path) -> Path:
+    """Write the rows of the corpus with two answers each instead of one; return the mixture file."""
+    rows = json.loads((folder / "rows.json").read_text())
+    for number, row in enumerate(rows):
+        row["prompt"] = row.pop("conversations")[:1]
+        row |= {"chosen": f"number {number}", "rejected": "I " + "do not " * (number % 4) + "know"}
+    (folder / "pairs.json").write_text(json.dumps(rows, indent=1))
+    (folder / "pairs.yaml").write_text("datasets:\n  - {json_path: pairs.json, data_root: .}\n")
+    return folder / "pairs.yaml"
+
+
 def write_model(folder: Path, **changes) -> None:
     """Write a model small enough to train in a moment, and its processor."""
     preset = HicoConfig.preset("tiny")
