@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from hico.ops.preference import compare_answers
 from hico.prompt import IGNORE_INDEX
 from hico.train import run
 from hico.train.__main__ import main
-from hico.train.preference import RewardMeter
+from hico.train.config import PreferenceSettings
+from hico.train.preference import PreferenceTrainer, RewardMeter
+from hico.train.recipes import load_recipes
 from hico.train.trainer import unwrapped
 
 LOG_2 = math.log(2)
@@ -311,7 +314,7 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("changes", [{}, pytest.param(LORA, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_bit_for_bit(pairs, monkeypatch, changes):
-    common = {"save_strategy": "steps", "save_steps": 2, **changes}
+    common = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, **changes}
     whole = run.run_stage(recipe_for(pairs, output_dir=str(pairs / "whole"), **common))
     recipe, real = recipe_for(pairs, **common), run.PreferenceTrainer.training_step
 
@@ -330,7 +333,7 @@ def test_a_killed_run_goes_on_bit_for_bit(pairs, monkeypatch, changes):
         kept = ("loss", "grad_norm", "step")
         return [{k: v for k, v in e.items() if k in kept or "rewards" in k} for e in history(final) if "loss" in e]
 
-    assert len(logged(whole)) == 6
+    assert len(logged(whole)) == 4
     assert logged(resumed) == logged(whole)
     for name, weight in weights(whole).items():
         assert torch.equal(weight, weights(resumed)[name]), name
@@ -378,6 +381,30 @@ def test_a_recipe_that_contradicts_itself_is_refused(pairs, changes, message):
         recipe_for(pairs, **changes)
 
 
+def test_the_recipe_of_longva_holds_the_published_values(pairs, monkeypatch, capsys):
+    monkeypatch.setenv("DATA_ROOT", "/data")
+    path = Path(__file__).parents[1] / "train/longva/dpo.yaml"
+    (found,) = load_recipes(path)
+    assert found.objective == "preference"
+    assert PreferenceSettings.of(found.preference) == PreferenceSettings(beta=0.1)
+    assert found.arguments["learning_rate"] == 5e-7
+    assert (found.trainable, found.global_batch_size, found.arguments["num_train_epochs"]) == (["llm"], 128, 3)
+    assert Path(found.arguments["deepspeed"]).is_file()
+    flags = ["--model", str(pairs / "init"), "--data", str(pairs / "pairs.yaml"), "--deepspeed", "null"]
+    flags += ["--world_size", "4", "--report_to", "none", "--num_train_epochs", "8"]
+    for more in ([], ["--lora", "{r: 4}"]):
+        assert main(["--config", str(path), *flags, *more, "--dry_run"]) == 0, capsys.readouterr().err
+        assert "4 device(s), 32 micro-batch(es) per step, 12 rows" in capsys.readouterr().out
+
+
+def test_sharded_weights_are_refused(pairs, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    recipe = recipe_for(pairs)
+    needed = run.prepare(recipe).needed(world_size=2)
+    with pytest.raises(ValueError, match="runs two models whole on every device; use DDP, ZeRO-1 or ZeRO-2"):
+        PreferenceTrainer(torch.nn.Linear(1, 1), None, recipe=recipe, needed=needed)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"trainable": ["encoder", "projector", "llm"]}, LORA])
 def test_two_processes_equal_one_though_the_last_step_misses_one_of_them(pairs, changes):
@@ -389,3 +416,18 @@ def test_two_processes_equal_one_though_the_last_step_misses_one_of_them(pairs, 
     together = launch(pairs, "together", processes=2, **common)
     assert len(alone["losses"]) == 4
     assert_same(together, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "bf16"), [(1, False), (2, True)])
+def test_zero_follows_one_process(pairs, stage, bf16):
+    pytest.importorskip("deepspeed")
+    from test_train_devices import launch, zero
+
+    common = {"objective": "preference", "data": str(pairs / "pairs.yaml"), "learning_rate": 1e-3}
+    common |= {"trainable": ["projector", "llm"]}
+    alone = launch(pairs, "alone", processes=1, per_device_train_batch_size=4, **common)
+    common |= {"deepspeed": zero(stage), "bf16": bf16}
+    found = launch(pairs, "zero", processes=2, per_device_train_batch_size=2, **common)
+    assert found["losses"][0] == pytest.approx(LOG_2, rel=1e-6)  # the reference computes in the policy's dtype
+    assert found["losses"] == pytest.approx(alone["losses"], rel=0.02 if bf16 else 1e-4)
