@@ -32,7 +32,10 @@ EXTRAS = {
     "peft": ["peft>=0.15"],
     "tensorboard": ["tensorboard>=2.14"],
     "liger": ["liger-kernel>=0.5"],
-    "dev": ["peft>=0.15", "pytest>=8.0", "hypothesis>=6.100", "pyarrow>=15", "ruff>=0.9", "import-linter>=2.1"],
+    "dev": [
+        *("peft>=0.15", "trl>=1.0", "pyarrow>=15"),
+        *("pytest>=8.0", "hypothesis>=6.100", "ruff>=0.9", "import-linter>=2.1"),
+    ],
 }
 # flash-attn compiles from source against an installed torch, so it is asked for by name only.
 EXTRAS["all"] = sorted(
