@@ -192,8 +192,9 @@ def test_a_budget_of_tokens_holds_for_both_answers(pairs):
     sizes = [max(len(e["input_ids"]), len(e["rejected"]["input_ids"])) for e in (dataset[0, n] for n in range(12))]
     assert all(length >= 2 * size for length, size in zip(lengths, sizes, strict=True))
     assert all(length <= 2 * size + 40 for length, size in zip(lengths, sizes, strict=True))
-    collator = Collator(dataset.processor, preferences=True)
-    for keys in prepared.sampler():
-        assert collator([dataset[key] for key in keys])["input_ids"].numel() <= 900
+    for devices, needed in ((1, "rows"), (2, "pixels")):
+        collator = Collator(dataset.processor, preferences=True, needed=needed)
+        for keys in prepared.sampler(world_size=devices):
+            assert collator([dataset[key] for key in keys])["input_ids"].numel() <= 900
     with pytest.raises(ValueError, match="max_tokens_per_batch 500 is below max_length of two answers"):
         recipe_for(pairs, max_length=300, max_tokens_per_batch=500)

@@ -65,9 +65,9 @@ class Prepared:
         recipe, vision, needed = self.recipe, self.config.vision, self.needed(order["world_size"])
         rule = BatchRule(batch_size, recipe.max_tokens_per_batch, recipe.packing, recipe.group_by_length)
         if recipe.max_tokens_per_batch and needed != "rows":
-            image, clip = vision.num_image_tokens(), vision.num_video_tokens(vision.clip_len)
-            rows = 2 if mixture.preferences else 1
-            rule = replace(rule, needed=needed, blank_tokens=(rows * image, rows * clip))
+            blanks = vision.num_image_tokens(), vision.num_video_tokens(vision.clip_len)
+            answers = 2 if mixture.preferences else 1
+            rule = replace(rule, needed=needed, blank_tokens=tuple(answers * tokens for tokens in blanks))
         return BatchSampler(rule, rows, lengths=lengths[rows], modality=mixture.modality[rows], **order)
 
     def needed(self, world_size: int) -> str:
