@@ -10,10 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from transformers import TrainingArguments
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hico.ops.preference import compare_answers
 from hico.prompt import IGNORE_INDEX
@@ -64,7 +62,7 @@ class PreferenceTrainer(HicoTrainer):
     The loss of a step is the mean over its pairs, on however many devices and in however many micro-batches.
 
     Args:
-        model, args, recipe: see `HicoTrainer`.
+        model, args, recipe, needed: see `HicoTrainer`.
         options: of `HicoTrainer`.
 
     Raises:
@@ -73,8 +71,10 @@ class PreferenceTrainer(HicoTrainer):
 
     meter_type = RewardMeter
 
-    def __init__(self, model: nn.Module, args: TrainingArguments, *, recipe: Recipe, **options: Any):
-        if is_deepspeed_zero3_enabled() or args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    def __init__(
+        self, model: nn.Module, args: TrainingArguments, *, recipe: Recipe, needed: str = "rows", **options: Any
+    ):
+        if needed == "both":
             raise ValueError("objective preference runs two models whole on every device; use DDP, ZeRO-1 or ZeRO-2")
         self.settings = PreferenceSettings.of(recipe.preference)
         frozen = [part for part in PARTS if part not in recipe.trainable]
@@ -86,7 +86,7 @@ class PreferenceTrainer(HicoTrainer):
                 self.reference.to(torch.bfloat16 if args.bf16 else torch.float16)
             self.reference.to(args.device)
         self._frozen_encoder = unwrapped(model).model.encoder if "encoder" in frozen else None
-        super().__init__(model, args, recipe=recipe, **options)
+        super().__init__(model, args, recipe=recipe, needed=needed, **options)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Take the batches of one step from the loader, and count the pairs of it on all devices."""
