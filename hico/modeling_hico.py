@@ -14,6 +14,8 @@ from hico.generation import VisualGenerationMixin, refuse_without_prompt
 from hico.grids import mosaic_order
 from hico.llm_dropout import DropSchedule, find_handle, patch
 from hico.ops.chunks import sum_over_chunks
+from hico.parallel import SequenceHandle, SequenceMesh, all_gather
+from hico.parallel import patch as spread
 from hico.placeholders import number_items
 from hico.preprocessing import normalize_pixels
 from hico.pretrained import HicoPreTrainedModel
@@ -41,6 +43,7 @@ class HicoModel(HicoPreTrainedModel):
         self.projector = MLPProjector(width, llm_width)
         self.language_model = AutoModel.from_config(config.text_config)
         keep_rotary_in_float32(self.language_model)
+        self._sequence: SequenceHandle | None = None
         self.set_drop_schedule(config.drop_schedule, **(config.drop_options or {}))
         self.post_init()
 
@@ -72,6 +75,24 @@ class HicoModel(HicoPreTrainedModel):
         self.config.drop_schedule = str(parsed) if parsed else None
         self.config.drop_options = options or None
 
+    def set_sequence_parallel(self, mesh: SequenceMesh | None) -> None:
+        """Let the processes of a group share the rows of every call from now on, which must be the same for them.
+
+        Frames are shared out before they are encoded, and the LLM works on a part of every row. There is no cache, so
+        no generation.
+
+        Args:
+            mesh: from `hico.parallel.make_mesh`; None works alone again.
+
+        Raises:
+            UnsupportedDecoder: if the LLM has layers that this does not serve.
+        """
+        if self._sequence is not None:
+            self._sequence.remove()
+            self._sequence = None
+        if mesh is not None and mesh.size > 1:
+            self._sequence = spread(self.language_model, mesh)
+
     @property
     def drops_tokens(self) -> bool:
         """Whether a drop schedule is in force, by `set_drop_schedule` or by `hico.llm_dropout.patch`."""
@@ -97,6 +118,15 @@ class HicoModel(HicoPreTrainedModel):
         Returns:
             ``(N, K, E)``.
         """
+        if self._sequence is None or not isinstance(clips, Tensor) or not len(clips):
+            return self._encode(clips, clips_per_chunk, compress)
+        mesh, share = self._sequence.mesh, -(-len(clips) // self._sequence.mesh.size)
+        own = clips[mesh.rank * share : (mesh.rank + 1) * share]
+        blank = own.new_zeros(share - len(own), *clips.shape[1:])  # so that every process runs the same parts
+        tokens = self._encode(torch.cat([own, blank]), clips_per_chunk, compress)
+        return all_gather(tokens, mesh.group).flatten(0, 1)[: len(clips)]
+
+    def _encode(self, clips: Tensor | Iterable[Tensor], clips_per_chunk: int, compress: bool) -> Tensor:
         chunks = (part for some in _as_iterable(clips) for part in some.split(clips_per_chunk))
         tokens = [self._encode_chunk(chunk, compress=compress) for chunk in chunks]
         if not tokens:
@@ -309,6 +339,10 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, VisualGenerationMixin):
         """See `HicoModel.set_drop_schedule`."""
         self.model.set_drop_schedule(schedule, **options)
 
+    def set_sequence_parallel(self, mesh: SequenceMesh | None) -> None:
+        """See `HicoModel.set_sequence_parallel`; loss and logits are those of one process, on every process."""
+        self.model.set_sequence_parallel(mesh)
+
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
@@ -369,15 +403,26 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, VisualGenerationMixin):
             **kwargs,
         )
         hidden_BSE = outputs.last_hidden_state
+        plan, layout = getattr(outputs, "drop_plan", None), getattr(outputs, "sequence_layout", None)
         logits = loss = None
         if labels is None or logits_to_keep is not None or not self.training:
             keep = 0 if logits_to_keep is None else logits_to_keep
-            logits = self.lm_head(hidden_BSE[:, slice(-keep, None) if isinstance(keep, int) else keep])
-        plan = getattr(outputs, "drop_plan", None)
+            if layout is None:
+                kept_BSE = hidden_BSE[:, slice(-keep, None) if isinstance(keep, int) else keep]
+            else:
+                kept_BSE = layout.keep(hidden_BSE, keep)
+            logits = self.lm_head(kept_BSE)
         if labels is not None:
             shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
             targets_BS = shifted if plan is None else plan.shift_labels(labels)
-            loss = (self._row_losses if loss_per_row else self._loss)(hidden_BSE, targets_BS, **kwargs)
+            sum_losses = self._row_losses if loss_per_row else self._loss
+            if layout is None:
+                loss = sum_losses(hidden_BSE, targets_BS, **kwargs)
+            else:
+                if kwargs.get("num_items_in_batch") is None:
+                    kwargs["num_items_in_batch"] = max(1, int((targets_BS != IGNORE_INDEX).sum()))
+                own_BS = layout.shard(targets_BS.to(hidden_BSE.device), fill=IGNORE_INDEX)
+                loss = layout.total(sum_losses(hidden_BSE, own_BS, **kwargs))
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -385,7 +430,7 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, VisualGenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-        output.drop_plan = plan  # no field of it: a trainer concatenates those over batches
+        output.drop_plan, output.sequence_layout = plan, layout  # no fields: a trainer concatenates those over batches
         return output
 
     def _loss(self, hidden_BSE: Tensor, targets_BS: Tensor, *, num_items_in_batch=None, **kwargs) -> Tensor:
