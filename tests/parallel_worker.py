@@ -1,5 +1,6 @@
 """Tiny models, batches and runs that one process and several must agree on."""
 
+import multiprocessing
 import os
 import socket
 from dataclasses import dataclass, field
@@ -109,6 +110,8 @@ def text(seed: int, *, lengths=(37,)) -> dict:
     return {"input_ids": ids, "labels": ids.clone(), "position_ids": positions, "use_cache": False}
 
 
+LOADED = ("hico.modeling_hico", "hico.parallel", "transformers.models.qwen2.modeling_qwen2", "torch.distributed.fsdp")
+"""Loaded once, by the process that all others are forked from."""
 BATCHES = {"videos": videos, "text": text}
 
 
@@ -179,5 +182,6 @@ def start(processes: int, folder: Path, jobs: dict) -> dict:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    multiprocessing.set_forkserver_preload(list(LOADED))
     mp.start_processes(worker, (processes, port, folder, jobs), nprocs=processes, start_method="forkserver")
     return torch.load(folder / "found.pt")

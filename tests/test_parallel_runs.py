@@ -1,12 +1,8 @@
 """Several processes that share rows must do what one does: the same losses, gradients and weights."""
 
-import multiprocessing
-
 import pytest
 import torch
 from parallel_worker import Case, run, start
-
-multiprocessing.set_forkserver_preload(["parallel_worker"])
 
 LONG = {"text": (9, 14, 6), "clips": (2, 3)}
 CASES = {
@@ -32,7 +28,6 @@ CASES = {
         "fsdp2": Case(heads=(4, 4), size=2, wrap="fsdp2"),
     },
 }
-SPLITS = {"ring": 1, "ulysses": None, "mixed": 2}
 
 
 @pytest.fixture(scope="module", params=CASES, ids="{}_processes".format)
