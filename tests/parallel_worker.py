@@ -1,5 +1,6 @@
 """Tiny models, batches and runs that one process and several must agree on."""
 
+import copy
 import multiprocessing
 import os
 import socket
@@ -12,9 +13,10 @@ import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Qwen2ForCausalLM
 
 from hico import HicoConfig, HicoForConditionalGeneration
-from hico.parallel import make_mesh
+from hico.parallel import make_mesh, patch
 
 ENCODER = {"name": "umt", "image_size": 24, "patch_size": 12, "hidden_size": 16, "depth": 2, "num_heads": 2}
 VIDEO, IMAGE = 151_656, 151_655
@@ -31,6 +33,7 @@ class Case:
         size: processes that share a sequence; all if omitted.
         wrap: how data parallelism is done.
         drop: schedule of visual dropout.
+        drop_options: of `set_drop_schedule`.
         checkpointing: recompute layers in the backward pass.
         settings: of the batch.
     """
@@ -41,6 +44,7 @@ class Case:
     size: int | None = None
     wrap: str | None = None
     drop: str | None = None
+    drop_options: dict = field(default_factory=dict)
     checkpointing: bool = False
     settings: dict = field(default_factory=dict)
 
@@ -65,7 +69,7 @@ def build(case: Case) -> HicoForConditionalGeneration:
     torch.manual_seed(0)
     model = HicoForConditionalGeneration(config).train()
     if case.drop:
-        model.set_drop_schedule(case.drop)
+        model.set_drop_schedule(case.drop, **case.drop_options)
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -134,12 +138,15 @@ def run(case: Case, *, processes: int) -> dict:
             fully_shard(layer)
         fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3)
-    found = {"losses": [], "gradients": {}, "shape": None}
+    found = {"losses": [], "gradients": {}, "kept": None}
     for step in range(3):
         total = 0.0
         for part in mine:
-            loss = called(**BATCHES[case.batch](10 * step + part, **case.settings)).loss / len(mine)
+            output = called(**BATCHES[case.batch](10 * step + part, **case.settings))
+            loss = output.loss / len(mine)
             loss.backward()
+            if step == 0 and output.drop_plan is not None:
+                found["kept"] = output.drop_plan.kept_indices
             total += loss.detach()
         for name, parameter in model.named_parameters():
             if processes > 1 and case.wrap is None and parameter.grad is not None:
@@ -158,6 +165,31 @@ def run(case: Case, *, processes: int) -> dict:
     if processes > 1:
         found["split"] = (mesh.ring_size, mesh.ulysses_size)
     return found if rank == 0 else {}
+
+
+def answers(*, processes: int) -> dict:
+    """Run causal LMs without learning: a stock one, and one that sees videos; all of it, and a few positions."""
+    torch.manual_seed(0)
+    case = Case(heads=(4, 2))
+    whole = build(case).eval()
+    stock = Qwen2ForCausalLM(copy.deepcopy(whole.config.text_config)).eval()
+    if processes > 1:
+        mesh = make_mesh(processes, num_key_value_heads=2)
+        whole.set_sequence_parallel(mesh)
+        patch(stock, mesh)
+    found, batch = {}, videos(0, side="left")
+    ids = text(0)["input_ids"]
+    with torch.no_grad():
+        for name, keep in (("all", 0), ("last", 3), ("some", torch.tensor([0, 11, 36]))):
+            found[f"stock {name}"] = stock(input_ids=ids, logits_to_keep=keep, use_cache=False).logits
+            valid = batch["attention_mask"][:, slice(-keep, None) if isinstance(keep, int) else keep].bool()
+            found[f"hico {name}"] = whole(**batch, logits_to_keep=keep).logits[valid]
+    loss = stock(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    gradient = stock.model.layers[0].self_attn.k_proj.weight.grad
+    if processes > 1:
+        dist.all_reduce(gradient)
+    return found | {"loss": loss.detach(), "gradient": gradient / processes}
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parallel_worker import Case, run, start
+from parallel_worker import Case, answers, run, start, videos
 
 LONG = {"text": (9, 14, 6), "clips": (2, 3)}
 CASES = {
@@ -12,6 +12,8 @@ CASES = {
         "ring_of_equal_heads": Case(ulysses=1, settings=LONG),
         "packed": Case(batch="text", ulysses=1, settings={"lengths": (9, 1, 17, 5)}),
         "packed_ulysses": Case(batch="text", settings={"lengths": (9, 1, 17, 5)}),
+        "uniform": Case(heads=(7, 1), drop="uniform@1:0.6,uniform@2:0.2", settings=LONG),
+        "attention": Case(ulysses=1, drop="attention@1:0.6,attention@2:0.2", settings=LONG),
     },
     4: {
         "ring": Case(heads=(7, 1), checkpointing=True),
@@ -24,6 +26,14 @@ CASES = {
         "tiny": Case(batch="text", ulysses=1, settings={"lengths": (5,)}),
         "padded_right": Case(heads=(4, 2), settings={"side": "right"}),
         "padded_left": Case(heads=(7, 1), settings={"side": "left"}),
+        "random": Case(heads=(7, 1), drop="random@1:0.5", settings={"side": "right"}),
+        "attention": Case(heads=(4, 2), drop="uniform@1:0.6,attention@2:0.2", settings=LONG, checkpointing=True),
+        "attention_keeps_positions": Case(
+            ulysses=1,
+            drop="attention@1:0.5,attention@2:0.3",
+            drop_options={"positions": "keep", "queries": "all_text", "scope": "row"},
+            settings={"side": "left", **LONG},
+        ),
         "ddp": Case(heads=(7, 1), size=2, wrap="ddp"),
         "fsdp2": Case(heads=(4, 4), size=2, wrap="fsdp2"),
     },
@@ -34,6 +44,7 @@ CASES = {
 def found(request, tmp_path_factory):
     processes = request.param
     jobs = {name: (run, {"case": case}) for name, case in CASES[processes].items()}
+    jobs["answers"] = answers, {}
     return processes, start(processes, tmp_path_factory.mktemp("parallel"), jobs)
 
 
@@ -41,6 +52,10 @@ def test_several_processes_train_as_one_does(found):
     processes, results = found
     for name, case in CASES[processes].items():
         expected, seen = run(case, processes=1), results[name]
+        assert (seen["kept"] is None) == (case.drop is None)
+        if case.drop:
+            assert torch.equal(seen["kept"], expected["kept"])
+            assert seen["kept"].shape[1] < videos(0, **case.settings)["input_ids"].shape[1]
         for what in ("losses", "gradients", "weights"):
             torch.testing.assert_close(
                 seen[what],
@@ -50,3 +65,7 @@ def test_several_processes_train_as_one_does(found):
                 msg=lambda text, at=f"{name}, {what}": f"{at}: {text}",
             )
         assert sum(bool(gradient.abs().max() > 1e-3) for gradient in seen["gradients"].values()) > 20
+
+
+def test_logits_of_a_few_positions_are_those_of_one_process(found):
+    torch.testing.assert_close(found[1]["answers"], answers(processes=1), rtol=1e-4, atol=1e-5)

@@ -140,8 +140,8 @@ class DropHandle:
             )
         self._rules = rules
         self._hooks = [
-            decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
-            decoder.register_forward_hook(self._after_decoder, with_kwargs=True),
+            decoder.register_forward_pre_hook(self._before_decoder, prepend=True, with_kwargs=True),
+            decoder.register_forward_hook(self._after_decoder, prepend=True, with_kwargs=True),
             *(
                 layer.register_forward_pre_hook(partial(self._before_layer, index), with_kwargs=True)
                 for index, layer in enumerate(decoder.layers)
@@ -150,7 +150,7 @@ class DropHandle:
         self._causal_lm = causal_lm
         if causal_lm is not None:
             self._hooks += [
-                causal_lm.register_forward_pre_hook(self._before_causal_lm, with_kwargs=True),
+                causal_lm.register_forward_pre_hook(self._before_causal_lm, prepend=True, with_kwargs=True),
                 causal_lm.register_forward_hook(self._after_causal_lm, with_kwargs=True),
             ]
             self._loss_function = causal_lm.loss_function
@@ -234,6 +234,8 @@ class DropHandle:
         plan.finish()
         if isinstance(output, ModelOutput):
             output.drop_plan = plan
+            if plan.layout is not None:
+                output.sequence_layout = plan.layout
             if output.get("router_logits") is not None:
                 output.router_logits = self._of_real_tokens(decoder, plan, output.router_logits)
 

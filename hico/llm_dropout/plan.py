@@ -54,6 +54,7 @@ class Segment:
         valid_BM: bool, True at real tokens, cached ones first; None if all are.
         gather_BN: positions of its tokens in the segment before, -1 at padding; None if nothing was dropped between.
         scores_BS: scores that the policy saw, by position in the call; None if it asked for none.
+        layout: `hico.parallel.Layout` of its tokens, if several processes share them.
         memo: attention masks and rotary embeddings, by kind of layer.
     """
 
@@ -63,6 +64,7 @@ class Segment:
     valid_BM: Tensor | None
     gather_BN: Tensor | None = None
     scores_BS: Tensor | None = None
+    layout: Any = None
     memo: dict[tuple, Any] = field(default_factory=dict)
 
     @property
@@ -135,6 +137,12 @@ class DropPlan:
     # What callers read
 
     @property
+    def layout(self) -> Any:
+        """`hico.parallel.Layout` of what left the last layer; None if nothing was dropped, or one process has all."""
+        segment = self._segments.get(self._place(len(self._decoder.layers) - 1))
+        return segment and segment.layout
+
+    @property
     def kept_indices(self) -> Tensor:
         """``(B, S')``: which tokens of the call left the last layer, in order; -1 at padding."""
         return self.kept_at(len(self._decoder.layers) - 1)
@@ -205,13 +213,27 @@ class DropPlan:
         segment = self._segments[place]
         if index == self._layers[place]:
             if segment.gather_BN is not None:
-                hidden_states = gather_rows(hidden_states, segment.gather_BN)
+                hidden_states = self._shorten(place, hidden_states, given)
             if cache is not None:
                 await_update(cache, index, self._holds_next(segment))
         if segment.is_whole:
             return hidden_states, given
-        mask = self._mask(segment, index, hidden_states, cache, required=given["attention_mask"] is not None)
+        mask = None
+        if segment.layout is None:
+            mask = self._mask(segment, index, hidden_states, cache, required=given["attention_mask"] is not None)
         return hidden_states, self._at_positions(segment, index, hidden_states, given) | {"attention_mask": mask}
+
+    def _shorten(self, place: int, hidden_states: Tensor, given: dict) -> Tensor:
+        segment, layout = self._segments[place], self._layout_before(place, given)
+        if layout is None:
+            return gather_rows(hidden_states, segment.gather_BN)
+        hidden_states, segment.layout = layout.move(hidden_states, segment.gather_BN)
+        return hidden_states
+
+    def _layout_before(self, place: int, given: dict) -> Any:
+        """Return the layout of what enters a stage; None if one process has all of it."""
+        before = self._segments.get(place - 1)
+        return before.layout if before is not None and before.layout is not None else given.get("sequence_layout")
 
     def finish(self) -> None:
         """Forget masks and rotary embeddings, unless a backward pass may run the layers again."""
@@ -237,6 +259,7 @@ class DropPlan:
             num_queries = is_query_BN.sum(1).tolist()
             skip_rows = [row for row, number in enumerate(num_queries) if number == 0]
             query_index_BQ = pack_rows(is_query_BN, max(num_queries), pad_left=False)
+            segment.layout = self._layout_before(place, given)
             scores_BS = self._score(segment, stage.layer, layer, hidden_states, query_index_BQ, given, cache)
         if self._survivors.drop(stage, policy, scores_BS=scores_BS, skip_rows=skip_rows):
             alive_BN = self._of(columns_BN, self._survivors.alive_BS)
@@ -244,6 +267,8 @@ class DropPlan:
             columns_BN = gather_BN if columns_BN is None else gather_rows(columns_BN, gather_BN, fill=-1)
             segment = self._segment(columns_BN, self._held[place])
             segment.gather_BN = gather_BN
+        else:
+            segment.layout = None if place == 0 else self._segments[place - 1].layout
         segment.scores_BS = scores_BS
         return segment
 
@@ -268,6 +293,7 @@ class DropPlan:
             key_mask_BM=segment.valid_BM,
             past_keys_BGMC=cache.layers[index].keys if self._num_seen else None,
             window=sliding_window(self._decoder.config, index),
+            layout=segment.layout,
         ).to(self._device)
         if segment.columns_BN is None:
             return scores_BN
@@ -327,13 +353,20 @@ class DropPlan:
         """Replace the positions that the decoder hands to a layer by those of a segment."""
         kind, whole = ("rotary", self._kind(index)), given["position_embeddings"]
         if whole is not None and kind not in segment.memo:
-            if self.rules.positions == "renumber":
+            if segment.layout is not None:
+                true = self._of(segment.columns_BN, self._position_ids)
+                used = segment.position_ids if self.rules.positions == "renumber" else true
+                used = segment.layout.shard(used.to(hidden_states.device))
+                segment.memo[kind] = rotary_embeddings(self._decoder, hidden_states, used, index)
+            elif self.rules.positions == "renumber":
                 segment.memo[kind] = rotary_embeddings(self._decoder, hidden_states, segment.position_ids, index)
             elif isinstance(whole, Tensor):
                 segment.memo[kind] = self._of(segment.columns_BN, whole)
             else:
                 segment.memo[kind] = tuple(self._of(segment.columns_BN, part) for part in whole)
         changed = {"position_ids": segment.position_ids}
+        if segment.layout is not None:
+            changed = {"position_ids": segment.layout.shard(segment.position_ids), "sequence_layout": segment.layout}
         if whole is not None:  # a layer without rotary embedding is given none
             changed["position_embeddings"] = segment.memo[kind]
         return {name: changed.get(name, value) for name, value in given.items()}

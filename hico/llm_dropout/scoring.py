@@ -21,6 +21,7 @@ def score_tokens(
     key_mask_BM: Tensor | None,
     past_keys_BGMC: Tensor | None,
     window: int | None,
+    layout: Any = None,
 ) -> Tensor:
     """Score the tokens that enter a decoder layer, by the layer's own queries and keys.
 
@@ -35,6 +36,7 @@ def score_tokens(
         key_mask_BM: bool, cached tokens first, False at padding; None if there is none.
         past_keys_BGMC: keys that the layer has cached; None if there are none.
         window: how many tokens the layer sees; all if None.
+        layout: `hico.parallel.Layout` of the N tokens, if hidden states and positions are the part of one process.
 
     Returns:
         ``(B, N)`` float32, on the device of the hidden states.
@@ -42,9 +44,14 @@ def score_tokens(
     with _restored_chance(hidden_states.device) if layer.training else nullcontext():
         call = attention_call(layer, hidden_states, kwargs, window=window)
     keys, device, num_past = call.key, call.key.device, 0
-    query_index_BQ = query_index_BQ.to(device)
-    rows_B1 = torch.arange(len(keys), device=device)[:, None]
-    queries_BQAC = call.query[rows_B1, :, query_index_BQ.clamp(min=0)]
+    query_index_BQ, parts = query_index_BQ.to(device), {}
+    if layout is None:
+        rows_B1 = torch.arange(len(keys), device=device)[:, None]
+        queries_BQAC = call.query[rows_B1, :, query_index_BQ.clamp(min=0)]
+    else:
+        queries_BQAC = layout.take(call.query.transpose(1, 2), query_index_BQ)
+        parts = {"key_positions_N": layout.positions, "join": layout.log_total}
+        key_mask_BM = None if key_mask_BM is None else layout.shard(key_mask_BM)
     if past_keys_BGMC is not None:
         num_past = past_keys_BGMC.shape[2]
         keys = torch.cat([past_keys_BGMC.to(keys), keys], 2)
@@ -58,10 +65,12 @@ def score_tokens(
         sinks_A=call.sinks,
         key_mask_BN=None if key_mask_BM is None else key_mask_BM[:, -keys.shape[2] :].to(device),
         window=window,
+        **parts,
     )
     if call.group is not None:
         scores_BM = _mean_over_processes(scores_BM, call.query.shape[1], call.group)
-    return scores_BM[:, num_past:].to(hidden_states.device)
+    scores_BN = scores_BM[:, num_past:].to(hidden_states.device)
+    return scores_BN if layout is None else layout.gather(scores_BN)
 
 
 def _mean_over_processes(scores_BM: Tensor, num_heads: int, group: dist.ProcessGroup) -> Tensor:

@@ -1,5 +1,7 @@
 """Choosing which tokens to keep, scoring them from a few query rows, and gathering ragged rows."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -170,6 +172,8 @@ def query_row_scores(
     sinks_A: Tensor | None = None,
     key_mask_BN: Tensor | None = None,
     window: int | None = None,
+    key_positions_N: Tensor | None = None,
+    join: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Average the causal attention that a few query rows pay to every key.
 
@@ -186,6 +190,8 @@ def query_row_scores(
         sinks_A: a logit per head that takes part in the softmax and belongs to no key; none if omitted.
         key_mask_BN: bool, False at padding; none if omitted.
         window: how many keys a row sees, itself included; all if omitted.
+        key_positions_N: where the keys stand, if they are a part of those that ``query_index_BQ`` counts.
+        join: adds up log-sum-exps ``(B, A, Q, 1)`` of such parts, which other processes have.
 
     Returns:
         ``(B, N)`` float32; zeros in a row without queries.
@@ -195,7 +201,8 @@ def query_row_scores(
     batch, num_heads, num_queries, _ = queries_BAQC.shape
     num_groups, num_keys = keys_BGNC.shape[1:3]
     keys_BGCN = keys_BGNC.float().transpose(2, 3)
-    positions_N = torch.arange(num_keys, device=keys_BGNC.device)
+    positions_N = torch.arange(num_keys) if key_positions_N is None else key_positions_N
+    positions_N = positions_N.to(keys_BGNC.device)
     total_BN = keys_BGCN.new_zeros(batch, num_keys)
     chunk = max(1, MAX_SCORE_ELEMENTS // max(1, batch * num_heads * num_keys))
     for start in range(0, num_queries, chunk):
@@ -213,10 +220,14 @@ def query_row_scores(
             logits_BAQN = torch.tanh(logits_BAQN / softcap) * softcap
         seen_B1QN = seen_BQN[:, None]
         logits_BAQN = logits_BAQN.masked_fill(~seen_B1QN, float("-inf"))
-        if sinks_A is None:
+        if sinks_A is None and join is None:
             weights_BAQN = logits_BAQN.softmax(-1)
         else:
-            norm_BAQ1 = torch.logaddexp(logits_BAQN.logsumexp(-1, keepdim=True), sinks_A.float()[:, None, None])
+            norm_BAQ1 = logits_BAQN.logsumexp(-1, keepdim=True)
+            if join is not None:
+                norm_BAQ1 = join(norm_BAQ1)
+            if sinks_A is not None:
+                norm_BAQ1 = torch.logaddexp(norm_BAQ1, sinks_A.float()[:, None, None])
             weights_BAQN = (logits_BAQN - norm_BAQ1).exp()
         total_BN += weights_BAQN.masked_fill(~seen_B1QN, 0.0).sum((1, 2))  # a row that sees nothing is 0, not NaN
     queries_B1 = (query_index_BQ >= 0).sum(1, keepdim=True).clamp(min=1)

@@ -39,6 +39,12 @@ class Layout:
         return 2 * self._piece
 
     @property
+    def positions(self) -> Tensor:
+        """``(n,)`` where this process's tokens stand in their rows; what pads rows comes after all of them."""
+        places = [torch.arange(self._piece) + place * self._piece for place in self._places(self._mesh.rank)]
+        return torch.cat(places)
+
+    @property
     def mesh(self) -> SequenceMesh:
         """The processes."""
         return self._mesh
@@ -86,6 +92,11 @@ class Layout:
     def total(self, value: Tensor) -> Tensor:
         """Add up what every process computed of its part."""
         return all_reduce(value, self._mesh.group)
+
+    def log_total(self, values: Tensor) -> Tensor:
+        """Add up what every process computed of its part, of logarithms; no gradient."""
+        with torch.no_grad():
+            return all_gather(values, self._mesh.group).logsumexp(0)
 
     def move(self, values: Tensor, index_BK: Tensor) -> tuple[Tensor, Layout]:
         """Keep some tokens and cut them into balanced parts anew.

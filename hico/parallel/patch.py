@@ -145,6 +145,9 @@ class SequenceHandle:
             raise ValueError(
                 "a decoder whose rows are spread over processes returns their layout; pass return_dict=True"
             )
+        if output.get("router_logits") is not None:
+            raise UnsupportedDecoder(decoder, "returns router_logits, of which every process has a part")
+        layout = getattr(output, "sequence_layout", layout)  # dropping leaves another
         output.sequence_layout = layout
         if "sequence_keep" in kwargs:
             output.last_hidden_state = layout.keep(output.last_hidden_state, *kwargs["sequence_keep"])
