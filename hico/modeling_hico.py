@@ -421,7 +421,10 @@ class HicoForConditionalGeneration(HicoPreTrainedModel, VisualGenerationMixin):
             else:
                 if kwargs.get("num_items_in_batch") is None:
                     kwargs["num_items_in_batch"] = max(1, int((targets_BS != IGNORE_INDEX).sum()))
-                own_BS = layout.shard(targets_BS.to(hidden_BSE.device), fill=IGNORE_INDEX)
+                targets_BS = targets_BS.to(hidden_BSE.device)
+                own_BS, learned_BS = layout.shard(targets_BS, fill=IGNORE_INDEX), targets_BS != IGNORE_INDEX
+                numbers_BS = layout.shard(learned_BS.flatten().cumsum(0).view_as(learned_BS) - 1)
+                kwargs["token_numbers"] = numbers_BS[own_BS != IGNORE_INDEX]
                 loss = layout.total(sum_losses(hidden_BSE, own_BS, **kwargs))
         output = CausalLMOutputWithPast(
             loss=loss,

@@ -100,6 +100,7 @@ def main(recipe_file, result):
         losses = [entry["loss"] for entry in made[0].state.log_history if "loss" in entry]
         sharded = made[0].is_fsdp_enabled
         found = {"losses": losses, "gradients": record.gradients, "final": str(final), "sharded": sharded}
+        found["logs"] = made[0].state.log_history
         torch.save(found, result)
     return 0
 

@@ -49,7 +49,7 @@ def check_decoder(decoder: nn.Module) -> None:
     Raises:
         UnsupportedDecoder: naming what is in the way.
     """
-    check_config(decoder.config, type(decoder))
+    check_config(decoder.config)
     rope_type = getattr(getattr(decoder, "rotary_emb", None), "rope_type", "default")
     kinds = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
     if found := sorted({kind for kind in kinds if kind in LENGTH_DEPENDENT_ROPE}):
@@ -61,7 +61,7 @@ def check_decoder(decoder: nn.Module) -> None:
         raise UnsupportedDecoder(decoder, "lets tokens attend to those after them")
 
 
-def check_config(config: Any, owner: nn.Module | type) -> None:
+def check_config(config: Any) -> None:
     """Check the types of layers that a configuration names; see `check_decoder`."""
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     windows = {sliding_window(config, layer) for layer in range(config.num_hidden_layers)} - {None}
@@ -69,7 +69,8 @@ def check_config(config: Any, owner: nn.Module | type) -> None:
         kinds.add(f"sliding_attention (of {', '.join(map(str, sorted(windows)))} tokens)")
     if kinds:
         raise UnsupportedDecoder(
-            owner, f"has layers of type {', '.join(sorted(kinds))}; sequence parallelism serves full_attention only"
+            type(config),
+            f"names layers of type {', '.join(sorted(kinds))}; sequence parallelism serves full_attention only",
         )
 
 

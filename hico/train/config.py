@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 from hico.data.fields import check_keys, check_types
 from hico.data.settings import RowSettings
+from hico.parallel import data_parts
 from hico.registry import import_plugins
 
 Part = Literal["encoder", "compressor", "projector", "llm"]
@@ -79,6 +80,11 @@ class Recipe(RowSettings):
     """Further changes to the checkpoint's configuration, nested as there."""
     attn_implementation: str | None = None
     """Attention of the LLM, as transformers names it (``sdpa``, ``flash_attention_2``); its default if omitted."""
+    sequence_parallel: int = 1
+    """Processes that share every row: each has a part of it, and encodes a part of its frames."""
+    ulysses_size: int | None = None
+    """Processes of these that divide the heads; as many as the key-value heads allow if omitted. The ring takes the
+    rest."""
     global_batch_size: int | None = None
     """Rows per optimizer step over all devices; sets the gradient accumulation."""
     group_by_length: bool = False
@@ -121,6 +127,10 @@ class Recipe(RowSettings):
                 is_tracks and self.evaluates,
                 "objective tracks evaluates nothing; leave out eval_fraction and eval_data",
             ),
+            (
+                is_tracks and self.sequence_parallel > 1,
+                "objective tracks has no sequence; leave out sequence_parallel",
+            ),
             (self.preference is not None and not is_pairs, "preference is for objective: preference; set that too"),
             (is_pairs and self.packing, "packing cannot be combined with objective preference, which compares rows"),
             (
@@ -145,21 +155,31 @@ class Recipe(RowSettings):
             if is_wrong:
                 raise ValueError(message)
 
+    def num_groups(self, world_size: int) -> int:
+        """Return into how many parts ``world_size`` devices divide the rows: those that share rows are one.
+
+        Raises:
+            ValueError: if ``sequence_parallel`` does not divide them.
+        """
+        return data_parts(self.sequence_parallel, world_size)
+
     def gradient_accumulation(self, world_size: int) -> int:
         """Return the micro-batches per optimizer step on ``world_size`` devices.
 
         Raises:
-            ValueError: if the global batch does not divide.
+            ValueError: if the global batch does not divide, or ``sequence_parallel`` not the devices.
         """
+        groups = self.num_groups(world_size)
         asked = self.arguments.get("gradient_accumulation_steps")
         if self.global_batch_size is None:
             return asked or 1
-        per_step = self.rows_per_device * world_size
+        per_step = self.rows_per_device * groups
         steps, rest = divmod(self.global_batch_size, per_step)
         if rest or not steps or (asked is not None and asked != steps):
+            what = "devices" if groups == world_size else f"groups of {self.sequence_parallel} devices"
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is not per_device_train_batch_size "
-                f"{self.rows_per_device} x {world_size} devices x gradient_accumulation_steps {asked or 'n'}; "
+                f"{self.rows_per_device} x {groups} {what} x gradient_accumulation_steps {asked or 'n'}; "
                 "change one of them (global_batch_size: null leaves the product to the others)"
             )
         return steps

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hico.adapters import folder_below
@@ -23,6 +24,7 @@ from hico.data.mixture import Mixture, read_mixture
 from hico.data.settings import frame_settings, own_fit
 from hico.data.spec import check_reader
 from hico.llm_dropout.schedule import DropSchedule
+from hico.parallel import check_config, split_size
 from hico.processing_hico import HicoProcessor
 from hico.sampling import sample_frames
 from hico.shards import CheckpointError
@@ -95,7 +97,7 @@ class Prepared:
             ValueError: if the global batch does not divide.
         """
         accumulation = self.recipe.gradient_accumulation(world_size)
-        per_epoch = max(1, -(-len(self.sampler(world_size=world_size)) // accumulation))
+        per_epoch = max(1, -(-len(self.sampler(world_size=self.recipe.num_groups(world_size))) // accumulation))
         arguments = self.recipe.arguments
         if arguments.get("max_steps", -1) > 0:
             return per_epoch, arguments["max_steps"]
@@ -141,6 +143,7 @@ def prepare(
     if not is_deepspeed_zero3_enabled():  # it would shard the model that is only asked for its sizes
         check_weights(Path(recipe.model), config)
     schedule = read_schedule(recipe, config)
+    check_sharing(recipe, config.text_config)
     options = {"seed": recipe.seed, "check_files": recipe.check_files and is_first}
     options |= {"on_bad_sample": recipe.on_bad_sample, "preferences": recipe.objective == "preference"}
     mixture = read_mixture(recipe.data, sampling_strategy=recipe.sampling_strategy, **options)
@@ -161,6 +164,25 @@ def prepare(
         found.eval_mixture, found.eval_lengths = mixture, lengths
     found.check_learning(world_size or int(os.environ.get("WORLD_SIZE", 1)))
     return found
+
+
+def check_sharing(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Check that several processes can share the rows of an LLM of this configuration.
+
+    Raises:
+        ValueError: if it has other layers, Ulysses cannot divide its heads, or a setting would do nothing.
+    """
+    if recipe.sequence_parallel == 1:
+        if recipe.ulysses_size is not None:
+            raise ValueError("ulysses_size divides the processes that share a row; set sequence_parallel too")
+        return
+    check_config(config)
+    ring_size, _ = split_size(recipe.sequence_parallel, config.num_key_value_heads, recipe.ulysses_size)
+    if ring_size > 1 and recipe.attn_implementation not in (None, "sdpa"):
+        raise ValueError(
+            f"attn_implementation {recipe.attn_implementation!r} would do nothing: a ring of {ring_size} processes "
+            "computes attention block by block itself; leave it out"
+        )
 
 
 def check_frames(recipe: Recipe) -> None:

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from transformers import BitsAndBytesConfig, set_seed
 
 from hico.data.dataset import TrainingRows
+from hico.parallel import make_mesh
 from hico.train import checkpoint, provenance
 from hico.train.arguments import StageArguments, training_arguments
 from hico.train.config import PARTS, Recipe
@@ -129,7 +130,7 @@ def make_trainer(recipe: Recipe, args: StageArguments, prepared: Prepared) -> St
     if recipe.frozen_dtype is not None:
         for module in modules_of(model, frozen):
             module.to(getattr(torch, recipe.frozen_dtype))
-    per_step = args.gradient_accumulation_steps * args.world_size
+    per_step = args.gradient_accumulation_steps * recipe.num_groups(args.world_size)
     common = {
         "manifest": provenance.manifest(recipe, prepared.mixture, prepared.sampler(), per_step),
         "dtype": dtype,
@@ -146,11 +147,19 @@ def make_trainer(recipe: Recipe, args: StageArguments, prepared: Prepared) -> St
     eval_dataset = prepared.eval_mixture and TrainingRows(
         prepared.eval_mixture, prepared.processor, recipe, seed=args.seed
     )
-    place = {"rank": args.process_index, "world_size": args.world_size}
+    mesh = make_mesh(
+        recipe.sequence_parallel,
+        num_key_value_heads=prepared.config.text_config.num_key_value_heads,
+        ulysses=recipe.ulysses_size,
+        device_type=args.device.type,
+    )
+    unwrapped(model).set_sequence_parallel(mesh)
+    place = {"rank": mesh.data_rank, "world_size": mesh.data_size}
     return (PreferenceTrainer if recipe.objective == "preference" else HicoTrainer)(
         model,
         args,
         recipe=recipe,
+        mesh=mesh,
         dataset=dataset,
         sampler=prepared.sampler(**place),
         needed=prepared.needed(args.world_size),

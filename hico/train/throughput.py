@@ -23,11 +23,12 @@ class TokenLoss:
 
     def __init__(self):
         self._losses: list[Tensor] = []
+        self.numbers: Tensor | None = None
 
     @contextmanager
     def remembered(self) -> Iterator[list[Tensor]]:
         """Yield a list that gets the losses of all tokens, in their order, of the calls inside the block."""
-        self._losses = []
+        self._losses, self.numbers = [], None
         yield self._losses
         # The backward pass may compute chunks again.
         self._losses = []
@@ -37,10 +38,13 @@ class TokenLoss:
     ) -> Tensor:
         """Return the sum over the tokens ``shift_labels`` ``(n,)``, divided by ``num_items_in_batch`` or their number.
 
-        ``logits`` are ``(n, vocabulary)``; the other arguments are those of transformers and not used.
+        ``logits`` are ``(n, vocabulary)``. ``token_numbers``, if given, say which of the batch's learned tokens this
+        process has, of several that share rows; they become ``numbers``. The other arguments are those of transformers
+        and not used.
         """
         losses = nn.functional.cross_entropy(logits.float(), shift_labels, reduction="none")
         self._losses.append(losses.detach())
+        self.numbers = kwargs.get("token_numbers")
         count = len(losses) if num_items_in_batch is None else num_items_in_batch
         return losses.sum() / torch.as_tensor(count, device=losses.device).clamp(min=1)
 

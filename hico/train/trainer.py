@@ -16,6 +16,7 @@ from hico.data.batching import BatchSampler, EpochLoader
 from hico.data.collator import Collator
 from hico.data.dataset import TrainingRows
 from hico.data.survey import MODALITIES
+from hico.parallel import SequenceMesh
 from hico.prompt import IGNORE_INDEX
 from hico.train.config import PARTS, Recipe
 from hico.train.parts import modules_of, parameter_groups, rest
@@ -35,6 +36,7 @@ class HicoTrainer(StageTrainer):
         model: `HicoForConditionalGeneration`, frozen by `hico.train.parts.freeze`, or its peft wrapper.
         args: training arguments.
         recipe: of the stage.
+        mesh: the processes that share this one's rows, as ``model`` knows them too.
         dataset, sampler: training rows, and this device's batches of them.
         needed: what every batch must have, see `hico.data.collator.Collator`.
         eval_dataset, eval_sampler: the same to evaluate on, if any.
@@ -50,6 +52,7 @@ class HicoTrainer(StageTrainer):
         args: TrainingArguments,
         *,
         recipe: Recipe,
+        mesh: SequenceMesh,
         dataset: TrainingRows,
         sampler: BatchSampler,
         needed: str = "rows",
@@ -59,7 +62,7 @@ class HicoTrainer(StageTrainer):
         peak_tflops: float | None = None,
         **options: Any,
     ):
-        self.recipe, self.sampler, self.eval_sampler = recipe, sampler, eval_sampler
+        self.recipe, self.mesh, self.sampler, self.eval_sampler = recipe, mesh, sampler, eval_sampler
         self.flops, self.meter = flops, self.meter_type(dataset.mixture.names, peak_tflops if flops else None)
         self.token_loss = TokenLoss()
         unwrapped(model).loss_function = self.token_loss
@@ -138,6 +141,11 @@ class HicoTrainer(StageTrainer):
         num_tiles = len(batch["pixel_values"]) if "pixel_values" in batch else 0
         clips = batch["pixel_values_videos"].shape[:2] if "pixel_values_videos" in batch else (0, 0)
         num_tokens, num_learned = sum(length for length, _ in rows), int((batch["labels"] != IGNORE_INDEX).sum())
+        if self.flops:
+            flops = self.flops(rows, num_clips=clips[0], num_tiles=num_tiles, num_learned=num_learned)
+            self.meter.add(flops=flops / self.mesh.size)
+        if self.mesh.rank > 0:
+            return  # what follows is said once by those that share rows
         self.meter.add(
             rows=num_rows - len(left_out),
             bad_rows=len(left_out),
@@ -147,8 +155,6 @@ class HicoTrainer(StageTrainer):
             padding=batch["input_ids"].numel() - num_tokens,
             frames=clips[0] * clips[1] + num_tiles,
         )
-        if self.flops:
-            self.meter.add(flops=self.flops(rows, num_clips=clips[0], num_tiles=num_tiles, num_learned=num_learned))
 
     # Loss ---------------------------------------------------------------------------------------------------------
 
@@ -158,9 +164,18 @@ class HicoTrainer(StageTrainer):
         modality, dataset = inputs.pop("modality"), inputs.pop("dataset")
         with self.token_loss.remembered() as losses:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        learned = inputs["labels"][:, 1:] != IGNORE_INDEX
-        self.meter.add_losses(torch.cat(losses), modality[:, 1:][learned], dataset[:, 1:][learned])
+            self._note_losses(self.meter, losses, inputs["labels"], modality, dataset)
         return result
+
+    def _note_losses(
+        self, meter: Meter, losses: list[Tensor], labels: Tensor, modality: Tensor, dataset: Tensor
+    ) -> None:
+        """Add the losses of the tokens that this process learned of, which may be a part of those in the batch."""
+        learned = labels[:, 1:] != IGNORE_INDEX
+        kinds = modality[:, 1:][learned], dataset[:, 1:][learned]
+        if self.token_loss.numbers is not None:
+            kinds = (kind[self.token_loss.numbers] for kind in kinds)
+        meter.add_losses(torch.cat(losses), *kinds)
 
     def floating_point_ops(self, inputs) -> float:
         """Say nothing: operations are counted batch by batch in the meter."""
@@ -209,8 +224,7 @@ class HicoTrainer(StageTrainer):
         modality, dataset = batch.pop("modality"), batch.pop("dataset")
         with self.token_loss.remembered() as losses:
             model(**batch, logits_to_keep=1)
-        learned = batch["labels"][:, 1:] != IGNORE_INDEX
-        meter.add_losses(torch.cat(losses), modality[:, 1:][learned], dataset[:, 1:][learned])
+            self._note_losses(meter, losses, batch["labels"], modality, dataset)
 
     # Parts --------------------------------------------------------------------------------------------------------
 
