@@ -177,19 +177,26 @@ def answers(*, processes: int) -> dict:
         mesh = make_mesh(processes, num_key_value_heads=2)
         whole.set_sequence_parallel(mesh)
         patch(stock, mesh)
-    found, batch = {}, videos(0, side="left")
+    found, batch, encoded = {}, videos(0, side="left", clips=(2, 1)), torch.zeros(())
+
+    def count(_, given):
+        encoded.add_(len(given[0]))
+
+    whole.model.encoder.register_forward_pre_hook(count)
     ids = text(0)["input_ids"]
     with torch.no_grad():
         for name, keep in (("all", 0), ("last", 3), ("some", torch.tensor([0, 11, 36]))):
             found[f"stock {name}"] = stock(input_ids=ids, logits_to_keep=keep, use_cache=False).logits
             valid = batch["attention_mask"][:, slice(-keep, None) if isinstance(keep, int) else keep].bool()
             found[f"hico {name}"] = whole(**batch, logits_to_keep=keep).logits[valid]
+    if processes > 1:
+        dist.all_reduce(encoded)
     loss = stock(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     gradient = stock.model.layers[0].self_attn.k_proj.weight.grad
     if processes > 1:
         dist.all_reduce(gradient)
-    return found | {"loss": loss.detach(), "gradient": gradient / processes}
+    return found | {"encoded": encoded, "loss": loss.detach(), "gradient": gradient / processes}
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Attention by blocks, its backward, and what a decoder must be like."""
 
+import copy
 import sys
 from types import ModuleType
 
@@ -47,8 +48,9 @@ def test_blocks_make_up_attention_and_its_gradients(documents):
 
 
 def test_the_backward_passes_gradcheck():
-    layout = Layout(ALONE, 4, [[(0, 1), (1, 4)]] * 2)
-    assert torch.autograd.gradcheck(lambda *given: ring_attention(*given, layout, scaling=0.3), parts(length=4))
+    layout, given = Layout(ALONE, 4, [[(0, 1), (1, 4)]]), parts(heads=2, groups=1, length=4)
+    small = [part[:1, ..., :2].detach().requires_grad_() for part in given]
+    assert torch.autograd.gradcheck(lambda *given: ring_attention(*given, layout, scaling=0.3), small)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -101,8 +103,30 @@ def test_a_group_of_one_changes_nothing(name, local):
     assert torch.equal(model(**batches[0], use_cache=True).logits, model(**batches[0], use_cache=False).logits)
 
 
+def test_a_copy_of_a_model_is_spread_too():
+    model = build()
+    handle = patch(model, ALONE)
+    twin, ids = copy.deepcopy(model), torch.randint(1, 60, (1, 9))
+    assert torch.equal(twin(input_ids=ids).logits, model(input_ids=ids).logits)
+    handle.remove()
+    with pytest.raises(ValueError, match="keeps no cache"):
+        twin(input_ids=ids, use_cache=True)
+
+
+def test_half_precision_stays_near():
+    model, ids = build().train(), torch.randint(1, 60, (1, 19))
+    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.cat([torch.arange(12), torch.arange(7)])[None]}
+    expected = model(**batch, use_cache=False).loss
+    patch(model, ALONE)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=0.02, atol=0.02)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 def test_what_cannot_be_spread_is_refused_by_name():
-    with pytest.raises(UnsupportedDecoder, match=r"Qwen2Model .*sliding_attention \(of 9 tokens\)"):
+    with pytest.raises(UnsupportedDecoder, match=r"Qwen2Config .*sliding_attention \(of 9 tokens\)"):
         patch(build("qwen2_sliding"), ALONE)
     linear = build()
     linear.config.layer_types = ["linear_attention"] + ["full_attention"] * 3

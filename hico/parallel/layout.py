@@ -30,6 +30,7 @@ class Layout:
     def __init__(self, mesh: SequenceMesh, length: int, documents: list[list[Interval]] | None = None):
         self._mesh, self._length, self._documents = mesh, length, documents
         self._piece = -(-length // (2 * mesh.size))
+        self._blocks: dict[int, list[Block]] = {}
         self.num_attended = 0
         """How often attention was asked for by this layout."""
 
@@ -154,6 +155,11 @@ class Layout:
 
     def blocks(self, source: int) -> list[Block]:
         """List the blocks of attention between the tokens of this place in the ring and those of another."""
+        if source not in self._blocks:
+            self._blocks[source] = self._find_blocks(source)
+        return self._blocks[source]
+
+    def _find_blocks(self, source: int) -> list[Block]:
         mesh, width = self._mesh, self._piece * self._mesh.ulysses_size
         own, other = (
             [place * width for place in (ring_rank, 2 * mesh.ring_size - 1 - ring_rank)]
