@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor, nn
 
 from hico.compat import UnsupportedDecoder
+from hico.parallel.kernels import HALF
 from hico.parallel.layout import Layout
 from hico.parallel.ring import ring_attention
 
@@ -78,11 +80,17 @@ def sequence_attention(
 
         attend = ALL_ATTENTION_FUNCTIONS[sequence_local]
         output = attend(module, query, key, value, None, scaling=scaling, dropout=0.0)[0].transpose(1, 2)
-    elif layout.is_one_document and query.is_cuda and find_spec("ring_flash_attn"):
+    elif layout.is_one_document and query.is_cuda and query.dtype in HALF and has_ring_flash_attention():
         output = zigzag_flash_attention(query, key, value, layout, scaling=scaling)
     else:
         output = ring_attention(query, key, value, layout, scaling=scaling)
     return layout.to_tokens(output).transpose(1, 2).contiguous(), None
+
+
+@cache
+def has_ring_flash_attention() -> bool:
+    """Say whether the package ``ring-flash-attn`` is installed."""
+    return find_spec("ring_flash_attn") is not None
 
 
 def zigzag_flash_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scaling: float) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 TILE_ELEMENTS = 2**24
 """Attention weights that the formula holds at a time (64 MiB in float32)."""
 
+HALF = (torch.float16, torch.bfloat16)
 Attended = tuple[Tensor, Tensor]
 """Output ``(B, A, Q, C)``, and log-sum-exp ``(B, A, Q)`` of at least float32."""
 
@@ -60,9 +61,10 @@ def attend_backward(
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         found = backward(*given, 0.0, causal, scale=scaling)
     else:
-        none = torch.empty(0, dtype=torch.int64, device=query.device)  # of rows of many lengths, and of dropout
+        state = torch.empty(2, dtype=torch.uint64, device=query.device)  # of dropout, of which there is none
         backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
-        found = backward(*given, none, none, query.shape[2], key.shape[2], 0.0, causal, none, none, scale=scaling)
+        lengths, given = (query.shape[2], key.shape[2]), [part.contiguous() for part in given]
+        found = backward(*given, None, None, *lengths, 0.0, causal, state, state[0], scale=scaling)
     of_query, *others = found
     return of_query, *(part.unflatten(1, (-1, repeats)).sum(2) for part in others)
 
@@ -71,7 +73,7 @@ def _kernel(query: Tensor) -> Callable | None:
     """Return torch's operator that keeps the log-sum-exp, if there is one for such queries."""
     if query.device.type == "cpu":
         return getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256:
+    if query.is_cuda and query.dtype in HALF and query.shape[-1] <= 256:
         return torch.ops.aten._scaled_dot_product_flash_attention
     return None
 
