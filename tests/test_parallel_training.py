@@ -1,11 +1,14 @@
 """Recipes with ``sequence_parallel``: processes that share rows train as one does, and count what it counts."""
 
+import re
+
 import pytest
 import torch
 from test_train_devices import assert_same, fsdp2, launch, needs_deepspeed, zero
 from train_corpus import make, write_corpus
 
 from hico.train.plan import prepare
+from hico.train.report import dry_run
 
 __all__ = ["fsdp2"]
 LEARNED = ("loss_text", "loss_image", "loss_video", "learned_tokens_per_step", "eval_loss", "eval_loss_video")
@@ -113,6 +116,17 @@ WINDOW = {"text_config": {"use_sliding_window": True, "sliding_window": 64, "lay
 
 def test_a_step_has_the_rows_of_all_groups(folder):
     prepared = prepare(make(folder, sequence_parallel=2, global_batch_size=4), world_size=4)
-    alone = prepare(make(folder, global_batch_size=4), world_size=2)
+    alone = prepare(make(folder, per_device_train_batch_size=2), world_size=2)
     assert prepared.recipe.gradient_accumulation(4) == 1
     assert prepared.steps(4) == alone.steps(2)
+
+
+def test_a_device_keeps_its_part_of_the_activations(folder):
+    kept = []
+    for number in (1, 2):
+        changes = {"packing": True, "max_tokens_per_batch": 4_000_000, "sequence_parallel": number}
+        recipe = make(folder, **changes)
+        report = dry_run(recipe, prepare(recipe, world_size=2), world_size=2)
+        assert ("2 device(s), each row shared by 2, 1 micro-batch" in report) == (number == 2)
+        kept.append(float(re.search(r"LLM activations +([\d.]+) GiB", report).group(1)))
+    assert kept[1] == pytest.approx(kept[0] / 2, abs=0.01)

@@ -59,9 +59,10 @@ def dry_run(recipe: Recipe, prepared: Prepared, *, world_size: int) -> str:
     steps_per_epoch, steps = prepared.steps(world_size)
     lengths = prepared.lengths[prepared.rows]
     per_step = lengths.sum() / steps_per_epoch
+    shared = f", each row shared by {recipe.sequence_parallel}" if recipe.sequence_parallel > 1 else ""
     lines += [
         "",
-        f"{world_size} device(s), {accumulation} micro-batch(es) per step, {len(prepared.rows):,} rows",
+        f"{world_size} device(s){shared}, {accumulation} micro-batch(es) per step, {len(prepared.rows):,} rows",
         f"tokens per row: {lengths.mean():,.0f} on average, {lengths.max():,} at most (estimated)",
         f"tokens per step: {per_step:,.0f} (estimated)",
         f"steps: {steps:,}",
@@ -94,7 +95,7 @@ def _memory(recipe: Recipe, prepared: Prepared, model: HicoForConditionalGenerat
     patches = num_clips * math.prod(encoder.grid(vision.clip_len, encoder.image_size, encoder.image_size))
     depth = sum(isinstance(module, GradientCheckpointingLayer) for module in encoder.modules())
 
-    def activations(count: int, width: int, depth: int) -> float:
+    def activations(count: float, width: int, depth: int) -> float:
         # A layer keeps about 17 numbers of the width per token. Checkpointing keeps one, and one layer in full.
         kept = depth + 17 if recipe.arguments.get("gradient_checkpointing") else 17 * depth
         return count * width * kept * element
@@ -103,8 +104,10 @@ def _memory(recipe: Recipe, prepared: Prepared, model: HicoForConditionalGenerat
         "weights": weights / share[3],
         "gradients": learned * (2 if half else 4) / share[2],
         "optimizer": learned * (12 if half else 8) / share[1],
-        "LLM activations": activations(tokens, llm.hidden_size, llm.num_hidden_layers),
-        "encoder act.": activations(patches, encoder.hidden_size, depth if parameters["encoder"][0] else 0),
+        "LLM activations": activations(tokens / recipe.sequence_parallel, llm.hidden_size, llm.num_hidden_layers),
+        "encoder act.": activations(
+            patches / recipe.sequence_parallel, encoder.hidden_size, depth if parameters["encoder"][0] else 0
+        ),
     }
     if recipe.objective == "preference" and recipe.lora is None:
         half = half or recipe.frozen_dtype not in (None, "float32")
