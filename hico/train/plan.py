@@ -64,7 +64,8 @@ class Prepared:
     def _sampler(
         self, mixture: Mixture, rows: np.ndarray, lengths: np.ndarray, batch_size: int, **order: Any
     ) -> BatchSampler:
-        recipe, vision, needed = self.recipe, self.config.vision, self.needed(order["world_size"])
+        recipe, vision = self.recipe, self.config.vision
+        needed = self.needed(order["world_size"] * recipe.sequence_parallel)
         rule = BatchRule(batch_size, recipe.max_tokens_per_batch, recipe.packing, recipe.group_by_length)
         if recipe.max_tokens_per_batch and needed != "rows":
             blanks = vision.num_image_tokens(), vision.num_video_tokens(vision.clip_len)
