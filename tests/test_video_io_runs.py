@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from videos import NUM_FRAMES, write_format
+from videos import NUM_FRAMES, indices_of, write_format, write_video
 
-from hico.video_io import pyav, read_video
+from hico.video_io import index, probe, pyav, read_video, recent
 from hico.video_io.runs import SEEK_COST, nearest_keyframes, plan_runs
 from hico.video_io.source import Source
 
@@ -65,3 +65,29 @@ def test_a_clip_is_opened_once_and_no_packet_decoded_twice(tmp_path, monkeypatch
     fed = [number for number in numbers if number is not None]
     assert len(set(fed)) == len(fed)
     assert 0 not in fed, "decoded for the index"
+
+
+def test_a_file_without_a_table_is_read_through_once(tmp_path, monkeypatch):
+    """Windows of one recording share its index, until the file changes."""
+    monkeypatch.setattr(recent, "MIN_PACKETS", 40)
+    listed = []
+    list_packets = index.list_packets
+    monkeypatch.setattr(
+        index, "list_packets", lambda *given, **named: listed.append(1) or list_packets(*given, **named)
+    )
+    path = write_video(tmp_path / "a.mkv", 72, b_frames=2)
+    for first in (0, 30, 60, 12):
+        start, end = max(0, first - 0.4) / 24, (first + 7.6) / 24
+        assert indices_of(read_video(path, start=start, end=end, num_frames=8).frames) == list(range(first, first + 8))
+    assert probe(path).num_frames == 72
+    assert len(listed) == 1
+    write_video(path, 48, b_frames=0)
+    assert probe(path).num_frames == 48
+    assert indices_of(read_video(path, num_frames=48, clip_len=1).frames) == list(range(48))
+    assert len(listed) == 2
+    table = write_video(tmp_path / "a.mp4", 72)
+    monkeypatch.setattr(recent, "MAX_PACKETS", 100)
+    for number in range(3):
+        probe(write_video(tmp_path / f"{number}.mkv", 48))
+        probe(table)
+    assert [key[0] for key in recent._KEPT] == [str(tmp_path / f"{number}.mkv") for number in (1, 2)]

@@ -92,6 +92,7 @@ class VideoIndex:
         has_leading: whether frames come after a keyframe in the file and are shown before it (open GOPs).
         opened: the container, at most one, that the index was read from; the first who decodes may take it.
         notes: what is wrong with the file and was mended, each to be said once.
+        is_from_table: whether the file told its packets in a table; it was read through otherwise.
     """
 
     info: VideoInfo
@@ -103,6 +104,7 @@ class VideoIndex:
     has_leading: bool = False
     opened: list[Opened] = field(default_factory=list, compare=False, repr=False)
     notes: tuple[str, ...] = ()
+    is_from_table: bool = False
 
     def take_opened(self) -> Opened | None:
         """Return the open container to the first who asks, from any thread."""
@@ -202,6 +204,7 @@ def build_index(source: Source, *, num_threads: int = 1) -> VideoIndex:
                 has_leading=_has_leading(packets, timeline),
                 opened=[beginning.opened(container)],
                 notes=tuple(_notes(packets, timeline, seconds, is_short=is_short)),
+                is_from_table=not beginning.is_all_read,
             )
 
 

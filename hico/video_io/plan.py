@@ -16,8 +16,9 @@ import torch
 from hico.preprocessing import FITS
 from hico.sampling import pad_to_clips, sample_frames
 from hico.video_io.base import READERS, Reader, Sink
-from hico.video_io.index import VideoIndex, build_index
+from hico.video_io.index import VideoIndex
 from hico.video_io.pictures import AnimationReader, FolderReader, index_animation, index_folder, is_animation
+from hico.video_io.recent import recent_index
 from hico.video_io.resize import SCALERS, ExactResizer
 from hico.video_io.runs import nearest_keyframes
 from hico.video_io.source import Source, VideoError, as_source
@@ -159,7 +160,7 @@ def index_of(source: Source, folder_fps: float, *, num_threads: int = 1) -> Vide
     """Read the index of a video or a folder of images."""
     if _is_folder(source):
         return index_folder(source, folder_fps)
-    return index_animation(source) if is_animation(source) else build_index(source, num_threads=num_threads)
+    return index_animation(source) if is_animation(source) else recent_index(source, num_threads=num_threads)
 
 
 def make_plan(source: VideoSource, settings: ReadSettings) -> Plan:
