@@ -192,6 +192,7 @@ class _Decoder:
 
     def close(self) -> None:
         self._container.close()
+        del self._demuxed, self._stream  # Or the decoder and its pictures would wait for Python's cyclic collector.
 
     def frames(self, start: int, *, only: list[int] | None = None) -> Iterator[tuple[int, av.VideoFrame]]:
         """Yield good frames with their positions, in display order.
