@@ -1,17 +1,21 @@
 """Decoding, sampling and resizing against the published path (decord at full size, then PIL) and today's readers.
 
-    python benchmarks/decode.py [--quick] [--repeats 3] [--case WORD] [--videos FOLDER]
+    python benchmarks/decode.py [--quick] [--repeats 3] [--threads 1] [--case WORD] [--videos FOLDER] [--before TREE]
 
-Each measurement is a fresh process, so that the peak of its resident memory is its own; what the imports take is
-subtracted. On a busy machine compare CPU times. Ways whose package is missing are left out; without decord, PyAV at
-full size stands in for the published path. The videos are made on the first run and kept.
+Each way of a case has a process of its own, so that the peak of its resident memory is its own; what the imports and
+the first frame of a small video take is left out. The processes take turns; the medians are shown, and their ratios to
+hico's default. On a busy machine compare CPU times. Ways whose package is missing are named and left out; without
+decord, PyAV at full size stands in for the published path. The videos are made on the first run and kept. ``--before``
+names another checkout of hico to be measured in the same turns.
 """
 
 import argparse
 import hashlib
 import importlib.util
 import json
+import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -41,8 +45,11 @@ class Clip:
     fps: int = 30
     codec: str = "libx264"
 
+    def path(self, folder: Path) -> Path:
+        return folder / f"{self.name}_{self.seconds}s.mp4"
+
     def write(self, folder: Path) -> Path:
-        path = folder / f"{self.name}_{self.seconds}s.mp4"
+        path = self.path(folder)
         if path.exists():
             return path
         print(f"  making {path} ...", flush=True)
@@ -89,6 +96,9 @@ def _repeat(source: Path, times: int, path: Path) -> None:
                         write.mux(packet)
 
 
+SMALL = Clip("clip", 2, 360, 640)
+
+
 @dataclass(frozen=True)
 class Way:
     """One way of getting the frames, run in a process of its own.
@@ -101,6 +111,7 @@ class Way:
         start: seconds, where the part of the video begins.
         end: seconds; None for the whole video.
         settings: of ``read_video``.
+        tree: where hico is imported from; None for this checkout.
     """
 
     name: str
@@ -110,6 +121,7 @@ class Way:
     start: float | None = None
     end: float | None = None
     settings: dict = field(default_factory=dict)
+    tree: str | None = None
 
     @property
     def is_here(self) -> bool:
@@ -125,10 +137,18 @@ class Way:
         last = num_frames if self.end is None else round(self.end * fps)
         return [first + number for number in sample_frames(last - first, fps, num_frames=self.num_frames, clip_len=1)]
 
-    def measure(self) -> dict:
-        """Run in a fresh process."""
+    def launch(self) -> subprocess.Popen:
+        """Start the process, which measures once for each line that it is given."""
         command = [sys.executable, __file__, "--way", json.dumps(asdict(self))]
-        return json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout.splitlines()[-1])
+        there = {**os.environ, "PYTHONPATH": self.tree or str(Path(__file__).parents[1])}
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=there
+        )
+
+
+def measure(process: subprocess.Popen) -> dict:
+    process.stdin.write("\n")
+    return json.loads(process.stdout.readline())
 
 
 def has_decord() -> bool:
@@ -187,6 +207,7 @@ def _pyav(way: Way, path: str) -> torch.Tensor:
     with av.open(path) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = way.settings.get("num_threads", 1)
+        stream.codec_context.thread_type = "AUTO"
         fps = float(stream.average_rate)
         wanted = way.wanted(stream.frames, fps)
         container.seek(round(wanted[0] / fps / stream.time_base), stream=stream)
@@ -209,46 +230,57 @@ def _peak_bytes() -> int:
 
 def run_here(way: Way) -> None:
     torch.set_num_threads(way.settings.get("num_threads", 1))
-    before = _peak_bytes()
-    start, busy = time.perf_counter(), time.process_time()
-    frames = way.run()
-    seconds, busy = time.perf_counter() - start, time.process_time() - busy
-    # Without the imports; the frames themselves are counted.
-    megabytes = (_peak_bytes() - before) / 1e6
-    digest = hashlib.sha1(frames.contiguous().numpy().tobytes()).hexdigest()
-    print(json.dumps({"seconds": seconds, "busy": busy, "megabytes": megabytes, "digest": digest}))
+    replace(way, paths=[str(SMALL.path(Path(way.paths[0]).parent))], num_frames=1, start=None, end=None).run()
+    before, peak = _peak_bytes(), 0
+    for _ in sys.stdin:
+        start, busy = time.perf_counter(), time.process_time()
+        frames = way.run()
+        seconds, busy = time.perf_counter() - start, time.process_time() - busy
+        peak = peak or _peak_bytes()  # Of the first turn; the frames themselves are counted.
+        digest = hashlib.sha1(frames.contiguous().numpy().tobytes()).hexdigest()
+        result = {"seconds": seconds, "busy": busy, "megabytes": (peak - before) / 1e6, "digest": digest}
+        print(json.dumps(result), flush=True)
+        del frames
 
 
 def compare(title: str, ways: list[Way], repeats: int) -> None:
-    """Print all ways and their ratios to the first one."""
-    results = {way.name: [] for way in ways if way.is_here}
-    for _ in range(repeats):
-        for way in ways:
-            if way.is_here:
-                results[way.name].append(way.measure())
-    print(f"\n{title}")
-    print(f"  {'':42} {'time':>9} {'ratio':>7} {'CPU time':>9} {'ratio':>7} {'memory':>9} {'ratio':>7}  pixels")
-    base = {}
-    for name, runs in results.items():
-        best = {key: min(run[key] for run in runs) for key in ("seconds", "busy", "megabytes")}
-        base = base or {**best, "digest": runs[0]["digest"]}
-        ratios = {key: best[key] / base[key] for key in best}
+    """Print all ways, medians of turns, and their ratios to the first one."""
+    missing = sorted({way.kind for way in ways if not way.is_here})
+    print(f"\n{title}{''.join(f'; {kind} is not installed' for kind in missing)}")
+    print(f"  {'':42} {'time':>9} {'ratio':>7} {'CPU time':>10} {'ratio':>7} {'memory':>9} {'ratio':>7}  pixels")
+    ways = [way for way in ways if way.is_here]
+    processes = [way.launch() for way in ways]
+    turns = [[measure(process) for process in processes] for _ in range(repeats)]
+    for process in processes:
+        process.communicate()
+    base = None
+    for way, runs in zip(ways, zip(*turns, strict=True), strict=True):
+        middle = {key: statistics.median(run[key] for run in runs) for key in ("seconds", "busy", "megabytes")}
+        base = base or {**middle, "digest": runs[0]["digest"]}
+        ratios = {key: middle[key] / base[key] for key in middle}
         pixels = "identical" if {run["digest"] for run in runs} == {base["digest"]} else "differ"
         print(
-            f"  {name:42} {best['seconds']:7.2f} s {ratios['seconds']:6.2f}x {best['busy']:7.2f} s "
-            f"{ratios['busy']:6.2f}x {best['megabytes']:6.0f} MB {ratios['megabytes']:6.1f}x  {pixels}",
+            f"  {way.name:42} {middle['seconds']:7.3f} s {ratios['seconds']:6.2f}x {middle['busy']:8.3f} s "
+            f"{ratios['busy']:6.2f}x {middle['megabytes']:6.0f} MB {ratios['megabytes']:6.1f}x  {pixels}",
             flush=True,
         )
 
 
 def ways_of(
-    paths: list[str], num_frames: int, *, published: bool = False, threads: int = 1, **part: float
+    paths: list[str],
+    num_frames: int,
+    *,
+    published: bool = False,
+    threads: int = 1,
+    before: str | None = None,
+    **part: float,
 ) -> list[Way]:
     """Return hico's default, to which the others are compared, its other settings, and what else there is."""
     default = {"num_threads": threads}
+    exact = {**default, "scaler": "exact"}
     ways = [
         ("hico", "hico", default),
-        ('hico, scaler="fast"', "hico", {**default, "scaler": "fast"}),
+        ('hico, scaler="exact"', "hico", exact),
         ("torchcodec, then torch", "torchcodec", default),
         ("decord at size", "decord", default),
         ("a plain PyAV loop", "pyav", default),
@@ -256,7 +288,21 @@ def ways_of(
     if published:
         ways.append(("decord full size, then PIL" if has_decord() else "PyAV full size, then PIL", "published", {}))
         ways.append(("hico, exact=False", "hico", {**default, "exact": False}))
-    return [Way(name, kind, paths, num_frames, settings=settings, **part) for name, kind, settings in ways]
+    ways = [Way(name, kind, paths, num_frames, settings=settings, **part) for name, kind, settings in ways]
+    if before:
+        ways += [
+            Way("hico before", "hico", paths, num_frames, settings=default, tree=before, **part),
+            Way(
+                'hico before, scaler="fast"',
+                "hico",
+                paths,
+                num_frames,
+                settings={**default, "scaler": "fast"},
+                tree=before,
+                **part,
+            ),
+        ]
+    return ways
 
 
 def main() -> None:
@@ -266,6 +312,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--case", default="", help="only the cases whose title has this word")
     parser.add_argument("--videos", type=Path, default=Path(tempfile.gettempdir()) / "hico-benchmark")
+    parser.add_argument("--before", help="another checkout of hico, to be compared")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.way:
@@ -275,14 +322,15 @@ def main() -> None:
     args.videos.mkdir(parents=True, exist_ok=True)
     shorter = 10 if args.quick else 1
     hd, minutes = Clip("720p30", 60 // shorter, 720, 1280), Clip("360p30", 600 // shorter, 360, 640)
-    short, hevc = Clip("clip", 2, 360, 640), Clip("hevc", 60 // shorter, 720, 1280, codec="libx265")
+    hevc = Clip("hevc", 60 // shorter, 720, 1280, codec="libx265")
     half_hour, two_hours = (Clip("long", seconds, 360, 640) for seconds in (1800, 7200))
+    SMALL.write(args.videos)
     cases = [
         (hd, 1, 64 // shorter, {"published": True}),
         (hd, 1, 512 // shorter, {"published": True}),
         (minutes, 1, 600 // shorter, {"published": True}),
         (minutes, 1, 64 // shorter, {"published": True}),
-        (short, 200 // shorter, 16, {}),
+        (SMALL, 200 // shorter, 16, {}),
         (half_hour, 1, 16, {"start": 1500.0, "end": 1508.0}),
         (two_hours, 1, 16, {"start": 6000.0, "end": 6008.0}),
         (hevc, 1, 64 // shorter, {}),
@@ -295,7 +343,9 @@ def main() -> None:
         title = f"{num_frames} frames{many} of {kind}{part}, to {SIZE} px, {args.threads} thread"
         if args.case in title:
             paths = [str(clip.write(args.videos))] * times
-            compare(title, ways_of(paths, num_frames, threads=args.threads, **settings), args.repeats)
+            compare(
+                title, ways_of(paths, num_frames, threads=args.threads, before=args.before, **settings), args.repeats
+            )
 
 
 if __name__ == "__main__":
