@@ -405,6 +405,11 @@ def test_sharded_weights_are_refused(pairs, monkeypatch):
         PreferenceTrainer(torch.nn.Linear(1, 1), None, recipe=recipe, needed=needed)
 
 
+def rewards_of(found):
+    logged = [entry for entry in history(found["final"]) if "loss" in entry]
+    return [entry[f"rewards/{name}"] for entry in logged for name in RewardMeter.REWARDS]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"trainable": ["encoder", "projector", "llm"]}, LORA])
 def test_two_processes_equal_one_though_the_last_step_misses_one_of_them(pairs, changes):
@@ -416,6 +421,20 @@ def test_two_processes_equal_one_though_the_last_step_misses_one_of_them(pairs, 
     together = launch(pairs, "together", processes=2, **common)
     assert len(alone["losses"]) == 4
     assert_same(together, alone)
+    assert rewards_of(together) == pytest.approx(rewards_of(alone), rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"trainable": ["projector", "llm"]}, LORA])
+def test_two_processes_that_share_rows_equal_one(pairs, changes):
+    from test_train_devices import assert_same, launch
+
+    common = {"objective": "preference", "data": str(pairs / "pairs.yaml"), "learning_rate": 1e-3, **changes}
+    common |= {"per_device_train_batch_size": 4}
+    alone = launch(pairs, "alone", processes=1, **common)
+    together = launch(pairs, "together", processes=2, sequence_parallel=2, **common)
+    assert_same(together, alone)
+    assert rewards_of(together) == pytest.approx(rewards_of(alone), rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.slow
