@@ -335,3 +335,12 @@ def _tensor_parallel_group(attention: nn.Module) -> ProcessGroup | None:
             mesh = parameter.device_mesh
             return mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
     return None
+
+
+def vision_attentions(model: nn.Module) -> list[nn.Module]:
+    """List the self-attentions of a vision model of transformers, in order of its layers.
+
+    Taken for granted: each has the projections ``q_proj`` and ``k_proj``, all heads side by side, and is given what it
+    projects first or as ``hidden_states``. Empty if there are no such modules, which is an encoder without attention.
+    """
+    return [module for module in model.modules() if hasattr(module, "q_proj") and hasattr(module, "k_proj")]

@@ -4,9 +4,13 @@ import re
 from abc import ABC, abstractmethod
 from functools import partial
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from hico.compat import vision_attentions
+from hico.ops.dropping import query_row_scores
 
 Grid = tuple[int, int, int]
 """Tokens of one clip along time, rows and columns; ``L`` is their product."""
@@ -80,6 +84,63 @@ class VisionEncoder(nn.Module, ABC):
             ValueError: if the sizes do not fit the encoder's patches.
         """
 
+    @property
+    def gives_attention(self) -> bool:
+        """Whether `attend` works."""
+        return bool(self._attentions())
+
+    def attend(self, clips_NTCHW: Tensor, *, layer: int = -1) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode clips, and say what was attended to.
+
+        Where there is a class token, its attention counts, otherwise that of all tokens that attend together, on
+        average; heads are averaged. One layer's queries and keys are computed again, and compared in blocks of
+        queries: no map of all tokens is written out.
+
+        Args:
+            clips_NTCHW: ``(N, T, 3, H, W)``, normalised.
+            layer: of those that run, counted from the end: -1 is the last one, whose output the tokens are.
+
+        Returns:
+            The tokens ``(N, L, D)`` as `forward` gives them; the attention ``(N, L)`` that each received, and its key
+            ``(N, L, C)``, averaged over heads, both float32 or wider and without gradient.
+
+        Raises:
+            ValueError: if this encoder gives no attention, or has no such layer.
+        """
+        attentions = self._attentions()
+        if not attentions:
+            raise ValueError(f"{type(self).__name__} gives no attention; use an encoder whose gives_attention is true")
+        if not -len(attentions) <= layer <= -1:
+            raise ValueError(f"layer {layer} is none of {len(attentions)} that run; use -{len(attentions)} to -1")
+        entered: list[Tensor] = []
+        handle = attentions[layer].register_forward_pre_hook(
+            lambda _, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        try:
+            tokens_NLD = self(clips_NTCHW)
+        finally:
+            handle.remove()
+        with torch.no_grad():
+            pair = self._queries_and_keys(attentions[layer], entered[0].detach())
+            queries_MAXC, keys_MAXC = (rearrange(x, "m x (a c) -> m a x c", a=self.num_heads) for x in pair)
+            num_rows, _, num_together, width = keys_MAXC.shape
+            num_class = num_together - tokens_NLD.shape[:2].numel() // num_rows
+            queries_MAQC = queries_MAXC[:, :, :num_class] if num_class else queries_MAXC
+            last_MQ = torch.full((num_rows, queries_MAQC.shape[2]), num_together - 1, device=keys_MAXC.device)
+            attention_MX = query_row_scores(queries_MAQC, keys_MAXC, last_MQ, scaling=width**-0.5)
+            keys_MXC = keys_MAXC.mean(1, dtype=torch.promote_types(keys_MAXC.dtype, torch.float32))
+        shape = tokens_NLD.shape[:2]
+        keys_NLC = keys_MXC[:, num_class:].reshape(*shape, width)
+        return tokens_NLD, attention_MX[:, num_class:].reshape(shape), keys_NLC
+
+    def _attentions(self) -> list[nn.Module]:
+        """List the self-attention modules of all layers, in order; none if they cannot be watched."""
+        return []
+
+    def _queries_and_keys(self, attention: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute queries and keys of what enters a self-attention, all heads side by side."""
+        raise NotImplementedError
+
     @abstractmethod
     def forward(self, clips_NTCHW: Tensor) -> Tensor:
         """Encode normalised clips ``(N, T, 3, H, W)`` to tokens ``(N, L, D)``, time-major, then rows."""
@@ -121,6 +182,12 @@ class FrameEncoder(VisionEncoder):
         num_frames, rows, columns = self.clip_grid(clips_NTCHW)
         tokens = self.vision_model(rearrange(clips_NTCHW, "n t c h w -> (n t) c h w")).last_hidden_state
         return rearrange(tokens[:, -rows * columns :], "(n t) l d -> n (t l) d", t=num_frames)
+
+    def _attentions(self) -> list[nn.Module]:
+        return vision_attentions(self.vision_model)
+
+    def _queries_and_keys(self, attention: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return attention.q_proj(tokens), attention.k_proj(tokens)
 
 
 def blocks_beyond(num_blocks: int, *, prefix: str) -> str:

@@ -246,6 +246,12 @@ class VideoTransformer(VisionEncoder):
         self.blocks = nn.ModuleList(make_block() for _ in range(num_blocks))
         self._keys_to_ignore_on_load_unexpected = (blocks_beyond(num_blocks, prefix="encoder.blocks."),)
 
+    def _attentions(self) -> list[nn.Module]:
+        return [block.attn for block in self.blocks]
+
+    def _queries_and_keys(self, attention: Attention, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return attention.project(tokens)[:2]
+
     def grid(self, num_frames: int, height: int, width: int) -> Grid:
         """See ``VisionEncoder.grid``."""
         patch, tubelet = self.patch_size, self.tubelet_size
