@@ -21,6 +21,7 @@ _LAZY = {
     "read_video": "hico.video_io",
     "ENCODERS": "hico.registry",
     "COMPRESSORS": "hico.registry",
+    "VIDEO_COMPRESSORS": "hico.registry",
     "DROP_POLICIES": "hico.registry",
     "llm_dropout": None,
 }

@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from hico.llm_dropout import DropSchedule
 from hico.published import is_published, translate, what_it_is
-from hico.registry import COMPRESSORS, ENCODERS
+from hico.registry import COMPRESSORS, ENCODERS, VIDEO_COMPRESSORS, Registry
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,8 @@ class HicoConfig(PreTrainedConfig):
         encoder: name in `hico.registry.ENCODERS`, such as ``"umt"`` or ``"timm:resnet50"``, or a dict of ``name`` and
             settings.
         compressor: name in `hico.registry.COMPRESSORS`, or a dict of ``name`` and settings.
+        video_compressor: name in `hico.registry.VIDEO_COMPRESSORS`, or a dict of ``name`` and settings: what becomes
+            of all tokens of a video between projector and LLM; nothing if omitted.
         clip_len: frames T that the encoder sees together.
         projector_first: project tokens before compressing them, as LongVA does.
         image_layout: order of the tokens of a tiled image. ``"mosaic"``: thumbnail, then one map across all tiles
@@ -128,6 +130,7 @@ class HicoConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     encoder: dict | str = "umt"
     compressor: dict | str = "token_merge"
+    video_compressor: dict | str | None = None
     clip_len: int = 4
     projector_first: bool = False
     image_layout: str = "mosaic"
@@ -140,8 +143,10 @@ class HicoConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if not isinstance(self.text_config, PreTrainedConfig):
             self.text_config = self._text_config(**(self.text_config or _QWEN2_7B))
-        self.encoder = self._named(self.encoder, ENCODERS)
-        self.compressor = self._named(self.compressor, COMPRESSORS)
+        self.encoder = named_part(self.encoder, ENCODERS)
+        self.compressor = named_part(self.compressor, COMPRESSORS)
+        if self.video_compressor is not None:
+            self.video_compressor = named_part(self.video_compressor, VIDEO_COMPRESSORS)
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         super().__post_init__(**kwargs)
         if self.clip_len < 1:
@@ -164,16 +169,6 @@ class HicoConfig(PreTrainedConfig):
         if not hasattr(config, "num_hidden_layers"):
             raise ValueError(f"text_config describes a {model_type!r}, which has no layers of its own and is no LLM")
         return config
-
-    @staticmethod
-    def _named(spec: str | Mapping[str, Any], registry) -> dict[str, Any]:
-        if not isinstance(spec, (str, Mapping)):
-            raise ValueError(
-                f"the {registry.kind} is {spec!r}; it must be a name, or a mapping with a name and settings"
-            )
-        settings = registry.settings(spec)
-        registry.get(settings.get("name"))
-        return settings
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "HicoConfig":
@@ -224,7 +219,26 @@ class HicoConfig(PreTrainedConfig):
     @property
     def vision(self) -> "VisionSpec":
         """The part that decides how many tokens a video or image takes."""
-        return VisionSpec(self.encoder, self.compressor, clip_len=self.clip_len, image_layout=self.image_layout)
+        return VisionSpec(
+            self.encoder,
+            self.compressor,
+            clip_len=self.clip_len,
+            image_layout=self.image_layout,
+            video_compressor=self.video_compressor,
+        )
+
+
+def named_part(spec: str | Mapping[str, Any], registry: Registry) -> dict[str, Any]:
+    """Write the name of a part, or its name and settings, as a config stores them.
+
+    Raises:
+        ValueError: if it is neither, or the name is unknown.
+    """
+    if not isinstance(spec, (str, Mapping)):
+        raise ValueError(f"the {registry.kind} is {spec!r}; it must be a name, or a mapping with a name and settings")
+    settings = registry.settings(spec)
+    registry.get(settings.get("name"))
+    return settings
 
 
 @lru_cache(maxsize=64)
@@ -243,12 +257,14 @@ class VisionSpec:
         compressor: ``name`` and settings.
         clip_len: frames per clip.
         image_layout: as in `HicoConfig`.
+        video_compressor: ``name`` and settings, or None.
     """
 
     encoder: dict[str, Any]
     compressor: dict[str, Any]
     clip_len: int = 4
     image_layout: str = "mosaic"
+    video_compressor: dict[str, Any] | None = None
 
     @property
     def image_size(self) -> int:
@@ -256,17 +272,28 @@ class VisionSpec:
         return self._parts[0].image_size
 
     def num_video_tokens(self, num_frames: int) -> int:
-        """Return how many tokens a video takes in the LLM.
+        """Return how many tokens a video takes in the LLM; the most if its content decides (`has_exact_counts`).
 
         Raises:
-            ValueError: if ``num_frames`` is no multiple of ``clip_len``.
+            ValueError: if ``num_frames`` is no multiple of ``clip_len``, or so few cannot be compressed as asked.
         """
         if num_frames % self.clip_len:
             raise ValueError(
                 f"{num_frames} frames do not split into clips of {self.clip_len}; "
                 f"drop {num_frames % self.clip_len} or pad {-num_frames % self.clip_len}"
             )
-        return num_frames // self.clip_len * self._num_tokens(self.clip_len)
+        num_clips, num_tokens = num_frames // self.clip_len, self._num_tokens(self.clip_len)
+        encoder, compressor, video_compressor = self._parts
+        if video_compressor is None:
+            return num_clips * num_tokens
+        num_steps = compressor.num_steps(encoder.grid(self.clip_len, encoder.image_size, encoder.image_size))
+        return video_compressor.num_kept(num_clips * num_steps, num_tokens // num_steps)
+
+    @property
+    def has_exact_counts(self) -> bool:
+        """Whether `num_video_tokens` is exact, and not the most that a video may take."""
+        video_compressor = self._parts[2]
+        return video_compressor is None or not video_compressor.by_content
 
     def num_image_tokens(self, grid: tuple[int, int] = (0, 0)) -> int:
         """Return how many tokens an image takes in the LLM.
@@ -288,25 +315,45 @@ class VisionSpec:
         return max(1, num_tiles) * num_tokens
 
     def _num_tokens(self, num_frames: int, *, compress: bool = True) -> int:
-        encoder, compressor = self._parts
+        encoder, compressor, _ = self._parts
         grid = encoder.grid(num_frames, encoder.image_size, encoder.image_size)
         return compressor.num_output_tokens(grid) if compress else math.prod(grid)
 
     @property
     def _parts(self):
-        return _parts_without_weights(*(json.dumps(spec, sort_keys=True) for spec in (self.encoder, self.compressor)))
+        specs = (self.encoder, self.compressor, self.video_compressor)
+        return _parts_without_weights(*(json.dumps(spec, sort_keys=True) for spec in specs))
 
 
 @lru_cache(maxsize=32)
-def _parts_without_weights(encoder_json: str, compressor_json: str):
+def _parts_without_weights(*specs_json: str):
+    encoder, compressor, video_compressor = map(json.loads, specs_json)
     with torch.device("meta"):
-        encoder = ENCODERS.build(json.loads(encoder_json))
-        return encoder, build_compressor(json.loads(compressor_json), encoder, hidden_size=encoder.hidden_size)
+        encoder = ENCODERS.build(encoder)
+        compressor = build_compressor(compressor, encoder, hidden_size=encoder.hidden_size)
+        return encoder, compressor, build_video_compressor(video_compressor, encoder)
 
 
 def build_compressor(spec: dict[str, Any], encoder, *, hidden_size: int):
     """Build a compressor for the tokens of an encoder, of ``hidden_size`` channels when they reach it."""
     return COMPRESSORS.build(spec, hidden_size=hidden_size, num_heads=encoder.num_heads)
+
+
+def build_video_compressor(spec: dict[str, Any] | None, encoder):
+    """Build a video compressor for the videos of an encoder; None if there is to be none.
+
+    Raises:
+        ValueError: if it needs attention and the encoder gives none.
+    """
+    if spec is None:
+        return None
+    built = VIDEO_COMPRESSORS.build(spec)
+    if built.needs_attention and not encoder.gives_attention:
+        raise ValueError(
+            f"the video compressor {spec['name']!r} ranks tokens by the encoder's attention, and "
+            f"{type(encoder).__name__} gives none; use another encoder, or a method that needs no attention"
+        )
+    return built
 
 
 AutoConfig.register(HicoConfig.model_type, HicoConfig, exist_ok=True)

@@ -33,6 +33,9 @@ class VisualGenerationMixin(GenerationMixin):
     ):
         """Generate as `transformers.GenerationMixin.generate` does; videos and images are encoded once, before.
 
+        Where the content of a video decides how many tokens it takes, the model reads a prompt of fewer placeholders;
+        what is returned begins with the prompt as it was given all the same.
+
         A repetition penalty counts generated tokens only, as where a model is given embeddings, which is how the
         published code generates; a `RepetitionPenaltyLogitsProcessor` of the caller's counts what it was made to.
 
@@ -59,6 +62,21 @@ class VisualGenerationMixin(GenerationMixin):
         placeholders = {self.config.video_token_id, self.config.image_token_id}
         suppressed = {*(asked("suppress_tokens") or ()), *placeholders}
         changes = {"suppress_tokens": sorted(token for token in suppressed if token < self.lm_head.out_features)}
+        visuals = {name: kwargs.pop(name, None) for name in VISUAL_INPUTS}
+        given_ids = input_ids
+        if input_ids is None:
+            refuse_without_prompt(visuals)
+        if any(value is not None for value in visuals.values()):
+            _refuse_blind(asked)
+            masks = {name: kwargs.pop(name, None) for name in ("attention_mask", "position_ids")}
+            if masks["attention_mask"] is None:
+                masks["attention_mask"] = _mask_of_padding(
+                    input_ids, pad=asked("pad_token_id"), eos=asked("eos_token_id")
+                )
+            prompt = self.model.prepare(input_ids.to(self.device), **masks, **visuals)
+            kwargs.update(inputs_embeds=prompt.inputs_embeds, visual_mask=prompt.visual_mask)
+            kwargs.update({name: getattr(prompt, name) for name in masks if getattr(prompt, name) is not None})
+            input_ids = prompt.input_ids if prompt.trim is not None else input_ids
         processors = LogitsProcessorList(logits_processor or [])
         penalty = asked("repetition_penalty") or 1.0
         if penalty != 1.0 and not any(isinstance(own, RepetitionPenaltyLogitsProcessor) for own in processors):
@@ -66,17 +84,11 @@ class VisualGenerationMixin(GenerationMixin):
             processors.insert(0, RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=length))
             changes["repetition_penalty"] = 1.0
         kwargs.update(changes)
-        visuals = {name: kwargs.pop(name, None) for name in VISUAL_INPUTS}
-        if input_ids is None:
-            refuse_without_prompt(visuals)
-        if any(value is not None for value in visuals.values()):
-            _refuse_blind(asked)
-            embeds, visual_mask = self.model.embed(input_ids.to(self.device), **visuals)
-            kwargs.update(inputs_embeds=embeds, visual_mask=visual_mask)
         if generation_config is not None:  # transformers wants one or the other
             generation_config = copy(generation_config)
             kwargs = generation_config.update(**kwargs)
-        return super().generate(input_ids, generation_config, logits_processor=processors, **kwargs)
+        output = super().generate(input_ids, generation_config, logits_processor=processors, **kwargs)
+        return output if input_ids is given_ids else _with_prompt(output, given_ids, input_ids.shape[1])
 
     def prepare_inputs_for_generation(
         self, input_ids, inputs_embeds=None, visual_mask=None, is_first_iteration=False, **kwargs
@@ -87,6 +99,25 @@ class VisualGenerationMixin(GenerationMixin):
         if self.model.drops_tokens:
             model_inputs = add_visual_mask(model_inputs, visual_mask, is_prefill=is_first_iteration)
         return model_inputs
+
+
+def _with_prompt(output: Any, input_ids: Tensor, num_read: int) -> Any:
+    """Begin generated sequences with the prompt as it was given, instead of the ``num_read`` tokens that were read."""
+    sequences = output if isinstance(output, Tensor) else output.sequences
+    prompts = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0).to(sequences.device)
+    sequences = torch.cat([prompts, sequences[:, num_read:]], dim=1)
+    if isinstance(output, Tensor):
+        return sequences
+    output.sequences = sequences
+    return output
+
+
+def _mask_of_padding(input_ids: Tensor, *, pad: int | None, eos: int | Sequence[int] | None) -> Tensor | None:
+    """Return the attention mask that transformers makes of token ids alone; None if they hold no padding."""
+    ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    if pad is None or pad in ends or not (input_ids == pad).any():
+        return None
+    return (input_ids != pad).long()
 
 
 def refuse_without_prompt(visuals: Mapping[str, object]) -> None:

@@ -37,6 +37,22 @@ def number_items(kind_BS: Tensor, groups: Sequence[tuple[str, Tensor, Sequence[i
     return item_BS
 
 
+def promised_sizes(kind_BS: Tensor, sizes: Sequence[int]) -> list[int]:
+    """Say how many placeholders belong to items that may have fewer tokens than were promised for them.
+
+    Args:
+        kind_BS: 0 at text, elsewhere the kind of the placeholder.
+        sizes: tokens of each item, row by row.
+
+    Returns:
+        The sizes if they fill all placeholders; otherwise the lengths of the unbroken runs, one for each item. Where
+        there are not as many runs, or an item has more tokens than its run, the sizes again.
+    """
+    lengths = [length for *_, length in _runs(kind_BS)]
+    fits = len(lengths) == len(sizes) and all(size <= length for size, length in zip(sizes, lengths, strict=True))
+    return lengths if fits and sum(sizes) != sum(lengths) else list(sizes)
+
+
 def _find_items(kind_BS: Tensor, sizes: Sequence[int], *, name: str) -> list[tuple[int, int]]:
     """Return row and column of the first placeholder of every item that has tokens."""
     runs = _runs(kind_BS)

@@ -128,6 +128,14 @@ COMPRESSORS = Registry(
         "identity": "hico.compressors.identity:IdentityCompressor",
     },
 )
+VIDEO_COMPRESSORS = Registry(
+    "video compressor",
+    {
+        "uniform": "hico.video_compressors.uniform:UniformVideoCompressor",
+        "random": "hico.video_compressors.random:RandomVideoCompressor",
+        "evs": "hico.video_compressors.evs:EVSVideoCompressor",
+    },
+)
 DROP_POLICIES = Registry(
     "drop policy",
     {

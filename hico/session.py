@@ -9,9 +9,11 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from hico.modeling_hico import CLIPS_PER_CHUNK, HicoForConditionalGeneration
+from hico.modeling_hico import HicoForConditionalGeneration
 from hico.processing_hico import HicoProcessor, split_clips
+from hico.video_compressors.base import CompressedVideo
 from hico.video_io import stream_video
+from hico.visual_features import CLIPS_PER_CHUNK
 
 ANSWER_TOKENS = 1024
 """Length of an answer at most where nobody names one: what the examples of the releases take."""
@@ -21,7 +23,8 @@ class Session:
     """A conversation about one video, for one thread.
 
     The video is decoded, encoded and compressed in chunks, the next one decoding while this one is encoded; only its
-    visual tokens stay in memory.
+    visual tokens stay in memory. While they are made, a video compressor that ``streams`` holds what it keeps, and
+    others what they need to choose.
 
     Args:
         model: in any dtype, on any device.
@@ -53,10 +56,20 @@ class Session:
             chunk_frames=CLIPS_PER_CHUNK * vision.clip_len,
             **processor.video_settings(video_settings),
         ) as self.video:
-            self.visual_tokens = self._encode(progress)
+            self.compressed = self._encode(progress)
+
+    @property
+    def visual_tokens(self) -> Tensor:
+        """``(K, E)`` the tokens that stand for the video."""
+        return self.compressed.tokens_KD
+
+    @property
+    def token_seconds(self) -> Tensor:
+        """``(K,)`` float64, when each of the visual tokens is, in seconds from the start of the video."""
+        return self.compressed.seconds_of(self.video.seconds)
 
     @torch.no_grad()
-    def _encode(self, progress: bool) -> Tensor:
+    def _encode(self, progress: bool) -> CompressedVideo:
         with tqdm(total=self.video.num_frames, unit="frame", desc="encoding", disable=not progress) as bar:
 
             def clips():
@@ -64,7 +77,8 @@ class Session:
                     yield split_clips(frames, self.processor.vision.clip_len)
                     bar.update(len(frames))
 
-            return self.model.model.encode(clips()).flatten(0, 1)
+            num_clips = -(-self.video.num_frames // self.processor.vision.clip_len)
+            return self.model.model.encode_video(clips(), num_clips=num_clips)
 
     @torch.no_grad()
     def ask(

@@ -35,6 +35,32 @@ class Compressor(nn.Module, ABC):
             ValueError: if the clip has too few tokens.
         """
 
+    def num_steps(self, grid: tuple[int, int, int]) -> int:
+        """Say how many steps of time the output tokens are laid out in, time-major, equally many in each.
+
+        1, as here, where a token may hold patches of several steps: then a clip counts as one frame for what comes
+        after, see `hico.video_compressors`.
+        """
+        return 1
+
+    def carry(self, values_NLC: Tensor, tokens_NLD: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Average what is known of the input tokens over those that each output token holds.
+
+        Args:
+            values_NLC: such as the attention that each received.
+            tokens_NLD: what `forward` is given.
+
+        Returns:
+            ``(N, K, C)``.
+
+        Raises:
+            ValueError: if this compressor cannot say which tokens an output token holds.
+        """
+        raise ValueError(
+            f"{type(self).__name__} does not say which tokens it joins, so the encoder's attention cannot follow "
+            "them; use another compressor, or a video compressor that needs no attention"
+        )
+
     @abstractmethod
     def forward(self, tokens_NLD: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Compress ``(N, L, D)`` with ``L = T*H*W`` to ``(N, K, D)``."""

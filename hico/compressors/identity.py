@@ -22,6 +22,14 @@ class IdentityCompressor(Compressor):
         """See ``Compressor.num_output_tokens``."""
         return math.prod(grid)
 
+    def num_steps(self, grid: tuple[int, int, int]) -> int:
+        """See ``Compressor.num_steps``."""
+        return grid[0]
+
+    def carry(self, values_NLC: Tensor, tokens_NLD: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """See ``Compressor.carry``."""
+        return values_NLC
+
     def forward(self, tokens_NLD: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """See ``Compressor.forward``."""
         self.check_grid(tokens_NLD, grid)

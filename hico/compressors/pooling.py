@@ -58,15 +58,26 @@ class PoolingCompressor(Compressor):
         windows = steps // self._steps_per_window(steps)
         return windows * self.side**2 if self.side else windows * (rows // self.stride) * (columns // self.stride)
 
+    def num_steps(self, grid: tuple[int, int, int]) -> int:
+        """See ``Compressor.num_steps``."""
+        return grid[0] // self._steps_per_window(grid[0])
+
+    def carry(self, values_NLC: Tensor, tokens_NLD: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """See ``Compressor.carry``; the average over each window, whatever the mode."""
+        return self._pool(values_NLC, grid, "average")
+
     def forward(self, tokens_NLD: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """See ``Compressor.forward``."""
         self.check_grid(tokens_NLD, grid)
         self.num_output_tokens(grid)
+        return self._pool(tokens_NLD, grid, self.mode)
+
+    def _pool(self, tokens_NLD: Tensor, grid: tuple[int, int, int], mode: str) -> Tensor:
         steps, rows, columns = grid
         maps = rearrange(tokens_NLD, "n (t h w) d -> (n t) d h w", t=steps, h=rows, w=columns)
-        pooled = SQUARES[self.mode](maps, self.side) if self.side else WINDOWS[self.mode](maps, self.stride)
+        pooled = SQUARES[mode](maps, self.side) if self.side else WINDOWS[mode](maps, self.stride)
         window = self._steps_per_window(steps)
-        kind = "max" if self.mode == "max" else "mean"
+        kind = "max" if mode == "max" else "mean"
         return reduce(pooled, "(n t s) d h w -> n (t h w) d", kind, t=steps // window, s=window)
 
     def _steps_per_window(self, steps: int) -> int:

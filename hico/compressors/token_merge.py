@@ -5,7 +5,7 @@ import math
 from torch import Tensor
 
 from hico.compressors.base import Compressor
-from hico.ops.merging import ORDERS, merge_tokens
+from hico.ops.merging import ORDERS, apply_merge, merge_tokens, plan_merge, similarity_metric
 
 
 class TokenMergeCompressor(Compressor):
@@ -60,6 +60,14 @@ class TokenMergeCompressor(Compressor):
                 f"use larger frames or {setting} <= {num_tokens // num_steps}"
             )
         return num_keep
+
+    def carry(self, values_NLC: Tensor, tokens_NLD: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """See ``Compressor.carry``."""
+        num_keep = self.num_output_tokens(grid)
+        if num_keep == tokens_NLD.shape[1]:
+            return values_NLC
+        metric_NLC = similarity_metric(tokens_NLD.detach(), num_heads=self.num_heads)
+        return apply_merge(values_NLC, plan_merge(metric_NLC, num_keep, order=self.order))
 
     def forward(self, tokens_NLD: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """See ``Compressor.forward``."""

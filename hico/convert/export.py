@@ -33,6 +33,7 @@ def export_config(
     compressor = config.compressor["name"]
     if compressor not in _WRITERS:
         raise ValueError(f"no published system has the compressor {compressor!r}; they have {', '.join(_WRITERS)}")
+    _require("video_compressor", config.video_compressor, None)
     if config.text_config.model_type != "qwen2":
         raise ValueError(f"the published systems run over Qwen2, not {config.text_config.model_type!r}")
     system, settings = _WRITERS[compressor](config)

@@ -110,6 +110,7 @@ def _model_facts(config: HicoConfig) -> dict[str, Any]:
     return {
         "encoder": _spec(config.encoder),
         "compressor": _spec(config.compressor),
+        **({} if config.video_compressor is None else {"video compressor": _spec(config.video_compressor)}),
         "clip": f"{num_frames} frames of {vision.image_size} px, {vision.num_video_tokens(num_frames)} tokens",
         "image layout": config.image_layout,
         "drop schedule": config.drop_schedule or "none",

@@ -40,9 +40,10 @@ def estimate_lengths(mixture: Mixture, processor: HicoProcessor, settings: RowSe
         known = ~np.isnan(mixture.seconds)
         per_video = np.floor(mixture.seconds[known] / np.maximum(mixture.num_videos[known], 1))
         frames[known] = np.clip(per_video, settings.min_frames, settings.max_frames)
-    clips = np.ceil(frames / vision.clip_len) * mixture.num_videos
     grid = TYPICAL_GRID if _grids(processor) else (0, 0)
-    visual = clips * vision.num_video_tokens(vision.clip_len)
+    counts, row = np.unique(np.ceil(frames / vision.clip_len), return_inverse=True)
+    per_video = [vision.num_video_tokens(int(clips) * vision.clip_len) if clips else 0 for clips in counts]
+    visual = np.array(per_video, dtype=np.float64)[row] * mixture.num_videos
     # num_images is 0 for most rows, and the encoder may not take single frames: ask only if there are images.
     if mixture.num_images.any():
         visual += mixture.num_images * vision.num_image_tokens(grid)

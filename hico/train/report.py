@@ -91,7 +91,8 @@ def _memory(recipe: Recipe, prepared: Prepared, model: HicoForConditionalGenerat
     vision, encoder, llm = prepared.config.vision, model.model.encoder, prepared.config.text_config
     longest = int(np.max(prepared.lengths[prepared.rows]))
     tokens = recipe.max_tokens_per_batch or longest * recipe.rows_per_device
-    num_clips = -(-tokens // vision.num_video_tokens(vision.clip_len)) if prepared.mixture.num_videos.any() else 0
+    per_clip = vision.num_video_tokens(64 * vision.clip_len) / 64  # of a long video
+    num_clips = math.ceil(tokens / per_clip) if prepared.mixture.num_videos.any() else 0
     patches = num_clips * math.prod(encoder.grid(vision.clip_len, encoder.image_size, encoder.image_size))
     depth = sum(isinstance(module, GradientCheckpointingLayer) for module in encoder.modules())
 
