@@ -50,3 +50,27 @@ def cosine_to_previous(tokens_FPD: Tensor) -> Tensor:
     later_FPD = tokens_FPD[1:]
     found = [paired_cosine(later_FPD[block], tokens_FPD[block]) for block in frame_blocks(later_FPD)]
     return torch.cat(found) if found else tokens_FPD.new_zeros(0, tokens_FPD.shape[1], dtype=torch.float64)
+
+
+def exact_units(tokens: Tensor) -> Tensor:
+    """Scale tokens ``(..., D)`` to length 1 so that dot products are exact, and equal tokens tie exactly.
+
+    Components are rounded to multiples of ``2**-26``, and float64 adds up their products without rounding, in whatever
+    order a matrix product takes them. Zeros stay zeros.
+
+    Returns:
+        ``(..., D)`` float64.
+    """
+    units = unit_vectors(tokens.double())
+    return (units * 2.0**26).round() * 2.0**-26
+
+
+def frame_means(tokens_FPD: Tensor) -> Tensor:
+    """Average the tokens of every frame: ``(F, D)`` in float32 or wider."""
+    dtype = torch.promote_types(tokens_FPD.dtype, torch.float32)
+    return tokens_FPD.mean(1, dtype=dtype)
+
+
+def rank_in_frame(scores_FP: Tensor) -> Tensor:
+    """Rank the tokens of every frame: ``(F, P)``, 0 for the highest score, of equal ones the earlier first."""
+    return scores_FP.sort(dim=1, descending=True, stable=True).indices.argsort(dim=1)
