@@ -134,6 +134,14 @@ VIDEO_COMPRESSORS = Registry(
         "uniform": "hico.video_compressors.uniform:UniformVideoCompressor",
         "random": "hico.video_compressors.random:RandomVideoCompressor",
         "evs": "hico.video_compressors.evs:EVSVideoCompressor",
+        "vidcom2": "hico.video_compressors.vidcom2:VidCom2VideoCompressor",
+        "dycoke": "hico.video_compressors.dycoke:DyCokeVideoCompressor",
+        "visionzip": "hico.video_compressors.visionzip:VisionZipVideoCompressor",
+        "divprune": "hico.video_compressors.divprune:DivPruneVideoCompressor",
+        "dtd": "hico.video_compressors.dtd:DTDVideoCompressor",
+        "fastvid": "hico.video_compressors.fastvid:FastVIDVideoCompressor",
+        "prunevid": "hico.video_compressors.prunevid:PruneVidVideoCompressor",
+        "holitom": "hico.video_compressors.holitom:HoliTomVideoCompressor",
     },
 )
 DROP_POLICIES = Registry(

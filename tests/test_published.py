@@ -50,7 +50,7 @@ def meaning(config: HicoConfig) -> dict:
     for volatile in ("architectures", "_name_or_path", "transformers_version", "dtype"):
         described.pop(volatile, None)
         described["text_config"].pop(volatile, None)
-    encoder, compressor = config.vision._parts
+    encoder, compressor, _ = config.vision._parts
     described["encoder"] = {**vars(encoder), "name": config.encoder["name"], "_modules": str(encoder)}
     described["compressor"] = {**vars(compressor), "name": config.compressor["name"]}
     return {key: str(value) for key, value in described.items()}
