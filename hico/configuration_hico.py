@@ -331,7 +331,7 @@ def _parts_without_weights(*specs_json: str):
     with torch.device("meta"):
         encoder = ENCODERS.build(encoder)
         compressor = build_compressor(compressor, encoder, hidden_size=encoder.hidden_size)
-        return encoder, compressor, build_video_compressor(video_compressor, encoder)
+        return encoder, compressor, build_video_compressor(video_compressor, encoder, compressor)
 
 
 def build_compressor(spec: dict[str, Any], encoder, *, hidden_size: int):
@@ -339,11 +339,11 @@ def build_compressor(spec: dict[str, Any], encoder, *, hidden_size: int):
     return COMPRESSORS.build(spec, hidden_size=hidden_size, num_heads=encoder.num_heads)
 
 
-def build_video_compressor(spec: dict[str, Any] | None, encoder):
-    """Build a video compressor for the videos of an encoder; None if there is to be none.
+def build_video_compressor(spec: dict[str, Any] | None, encoder, compressor):
+    """Build a video compressor for what an encoder and a compressor make of videos; None if there is to be none.
 
     Raises:
-        ValueError: if it needs attention and the encoder gives none.
+        ValueError: if it needs attention, and the encoder gives none or the compressor loses it.
     """
     if spec is None:
         return None
@@ -352,6 +352,12 @@ def build_video_compressor(spec: dict[str, Any] | None, encoder):
         raise ValueError(
             f"the video compressor {spec['name']!r} ranks tokens by the encoder's attention, and "
             f"{type(encoder).__name__} gives none; use another encoder, or a method that needs no attention"
+        )
+    if built.needs_attention and not compressor.carries:
+        raise ValueError(
+            f"the video compressor {spec['name']!r} ranks tokens by the encoder's attention, and "
+            f"{type(compressor).__name__} does not say which tokens it joins, so attention cannot follow them; use "
+            "another compressor, or a method that needs no attention"
         )
     return built
 

@@ -36,7 +36,7 @@ class HicoModel(HicoPreTrainedModel, VisualFeaturesMixin):
             config.compressor, self.encoder, hidden_size=llm_width if config.projector_first else width
         )
         self.projector = MLPProjector(width, llm_width)
-        self.video_compressor = build_video_compressor(config.video_compressor, self.encoder)
+        self.video_compressor = build_video_compressor(config.video_compressor, self.encoder, self.compressor)
         self.language_model = AutoModel.from_config(config.text_config)
         keep_rotary_in_float32(self.language_model)
         self._sequence: SequenceHandle | None = None
@@ -99,7 +99,7 @@ class HicoModel(HicoPreTrainedModel, VisualFeaturesMixin):
             ValueError: if there is no such video compressor, or it does not fit; the old one stays.
         """
         spec = None if spec is None else named_part(spec, VIDEO_COMPRESSORS)
-        built = build_video_compressor(spec, self.encoder)
+        built = build_video_compressor(spec, self.encoder, self.compressor)
         self.video_compressor = built if built is None else built.to(self.projector.mlp[0].weight.device)
         self.config.video_compressor = spec
 

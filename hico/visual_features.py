@@ -21,8 +21,13 @@ class VisualFeaturesMixin:
     """What `HicoModel` does with its ``encoder``, ``compressor``, ``projector`` and ``video_compressor``."""
 
     def encode(
-        self, clips: Tensor | Iterable[Tensor], *, clips_per_chunk: int = CLIPS_PER_CHUNK, compress: bool = True
-    ) -> Tensor:
+        self,
+        clips: Tensor | Iterable[Tensor],
+        *,
+        clips_per_chunk: int = CLIPS_PER_CHUNK,
+        compress: bool = True,
+        attend: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Turn clips into visual tokens, a chunk of clips at a time.
 
         Args:
@@ -30,24 +35,30 @@ class VisualFeaturesMixin:
                 read as it is needed, so that a video of any length takes the memory of one chunk.
             clips_per_chunk: clips encoded at once.
             compress: if False, leave the compressor out.
+            attend: return ``(N, K, 1 + C)`` too: the attention that each token received in the encoder, and its key.
 
         Returns:
             ``(N, K, E)``, which no video compressor has seen.
         """
         if self._sequence is None or not isinstance(clips, Tensor) or not len(clips):
-            return self._encode(clips, clips_per_chunk, compress)
-        mesh, share = self._sequence.mesh, -(-len(clips) // self._sequence.mesh.size)
-        own = clips[mesh.rank * share : (mesh.rank + 1) * share]
-        blank = own.new_zeros(share - len(own), *clips.shape[1:])  # so that every process runs the same parts
-        tokens = self._encode(torch.cat([own, blank]), clips_per_chunk, compress)
-        return all_gather(tokens, mesh.group).flatten(0, 1)[: len(clips)]
+            parts = self._encode(clips, clips_per_chunk, compress=compress, attend=attend)
+        else:
+            mesh, share = self._sequence.mesh, -(-len(clips) // self._sequence.mesh.size)
+            own = clips[mesh.rank * share : (mesh.rank + 1) * share]
+            blank = own.new_zeros(share - len(own), *clips.shape[1:])  # so that every process runs the same parts
+            parts = self._encode(torch.cat([own, blank]), clips_per_chunk, compress=compress, attend=attend)
+            parts = tuple(all_gather(part, mesh.group).flatten(0, 1)[: len(clips)] for part in parts)
+        return parts if attend else parts[0]
 
-    def _encode(self, clips: Tensor | Iterable[Tensor], clips_per_chunk: int, compress: bool) -> Tensor:
+    def _encode(
+        self, clips: Tensor | Iterable[Tensor], clips_per_chunk: int, *, compress: bool, attend: bool
+    ) -> tuple[Tensor, ...]:
         chunks = _chunks(clips, clips_per_chunk)
-        tokens = [self._encode_chunk(chunk, compress=compress)[0] for chunk in chunks]
-        if not tokens:
+        encoded = [self._encode_chunk(chunk, compress=compress, attend=attend) for chunk in chunks]
+        if not encoded:
             raise ValueError(_NO_CLIPS)
-        return torch.cat(tokens)
+        tokens, facts = zip(*encoded, strict=True)
+        return (torch.cat(tokens), torch.cat(facts)) if attend else (torch.cat(tokens),)
 
     def encode_video(self, clips: Tensor | Iterable[Tensor], *, num_clips: int) -> CompressedVideo:
         """Encode one video and compress it as a whole, holding no more of it than its compressor needs.
@@ -60,27 +71,36 @@ class VisualFeaturesMixin:
         first = next(chunks, None)
         if first is None:
             raise ValueError(_NO_CLIPS)
-        head = self._encode_frames(first)
-        num_steps, per_frame = len(head.tokens_FPD) // len(first), head.tokens_FPD.shape[1]
-        frames = chain([head], map(self._encode_frames, chunks))
-        num_sampled = first.shape[1] // num_steps
-        if self.video_compressor is None:
-            tokens_FPE = torch.cat([part.tokens_FPD for part in frames])
-            return CompressedVideo.whole(tokens_FPE, sampled_per_frame=num_sampled)
-        indices, tokens = self.video_compressor.select_stream(frames, num_frames=num_clips * num_steps)
-        return CompressedVideo(tokens, indices, num_clips * num_steps, per_frame, num_sampled)
+        encoded = (self._encode_chunk(chunk, attend=self._attends) for chunk in chain([first], chunks))
+        return self._compress_video(encoded, num_clips=num_clips, clip_shape=first.shape[1:])
 
-    def _encode_frames(self, clips_NTCHW: Tensor) -> FrameTokens:
-        """Encode clips to the frames that a video compressor sees."""
-        attends = self.video_compressor is not None and self.video_compressor.needs_attention
-        tokens_NKE, facts_NKC = self._encode_chunk(clips_NTCHW, attend=attends)
-        grid = self.encoder.grid(clips_NTCHW.shape[1], *clips_NTCHW.shape[-2:])
-        num_frames = len(clips_NTCHW) * self.compressor.num_steps(grid)
-        tokens_FPE = tokens_NKE.reshape(num_frames, -1, tokens_NKE.shape[-1])
-        if facts_NKC is None:
-            return FrameTokens(tokens_FPE)
-        facts_FPC = facts_NKC.reshape(*tokens_FPE.shape[:2], -1)
-        return FrameTokens(tokens_FPE, facts_FPC[..., 0], facts_FPC[..., 1:])
+    @property
+    def _attends(self) -> bool:
+        return self.video_compressor is not None and self.video_compressor.needs_attention
+
+    def _compress_video(
+        self, encoded: Iterable[tuple[Tensor, Tensor | None]], *, num_clips: int, clip_shape: Sequence[int]
+    ) -> CompressedVideo:
+        """Compress a video of clips ``(T, 3, H, W)``, given chunk by chunk as `encode` makes them."""
+        grid = self.encoder.grid(clip_shape[0], *clip_shape[-2:])
+        num_steps = self.compressor.num_steps(grid)
+        per_frame = self.compressor.num_output_tokens(grid) // num_steps
+
+        def frames() -> Iterator[FrameTokens]:
+            for tokens_NKE, facts_NKC in encoded:
+                tokens_FPE = tokens_NKE.reshape(-1, per_frame, tokens_NKE.shape[-1])
+                if facts_NKC is None:
+                    yield FrameTokens(tokens_FPE)
+                else:
+                    facts_FPC = facts_NKC.reshape(-1, per_frame, facts_NKC.shape[-1])
+                    yield FrameTokens(tokens_FPE, facts_FPC[..., 0], facts_FPC[..., 1:])
+
+        num_frames, num_sampled = num_clips * num_steps, clip_shape[0] // num_steps
+        if self.video_compressor is None:
+            tokens_FPE = torch.cat([part.tokens_FPD for part in frames()])
+            return CompressedVideo.whole(tokens_FPE, sampled_per_frame=num_sampled)
+        indices_K, tokens_KE = self.video_compressor.select_stream(frames(), num_frames=num_frames)
+        return CompressedVideo(tokens_KE, indices_K, num_frames, per_frame, num_sampled)
 
     def _encode_chunk(
         self, clips_NTCHW: Tensor, *, compress: bool = True, attend: bool = False
@@ -125,13 +145,14 @@ class VisualFeaturesMixin:
         counts = [num_clips] if video_num_clips is None else video_num_clips.tolist()
         if sum(counts) != num_clips:
             raise ValueError(f"video_num_clips {counts} adds up to {sum(counts)}, but there are {num_clips} clips")
-        if self.video_compressor is not None:
-            parts = zip(pixel_values_videos.split(counts), counts, strict=True)
-            return [self.encode_video(clips, num_clips=count) for clips, count in parts]
-        tokens_NKE, num_sampled = self.encode(pixel_values_videos), pixel_values_videos.shape[1]
-        num_steps = self.compressor.num_steps(self.encoder.grid(num_sampled, *pixel_values_videos.shape[-2:]))
-        videos = (tokens.reshape(len(tokens) * num_steps, -1, tokens.shape[-1]) for tokens in tokens_NKE.split(counts))
-        return [CompressedVideo.whole(tokens, sampled_per_frame=num_sampled // num_steps) for tokens in videos]
+        encoded = self.encode(pixel_values_videos, **({"attend": True} if self._attends else {}))
+        tokens, facts = encoded if self._attends else (encoded, None)
+        facts = [None] * len(counts) if facts is None else facts.split(counts)
+        shape = pixel_values_videos.shape[1:]
+        return [
+            self._compress_video([part], num_clips=count, clip_shape=shape)
+            for count, *part in zip(counts, tokens.split(counts), facts, strict=True)
+        ]
 
     def get_video_features(self, pixel_values_videos: Tensor, video_num_clips: Tensor | None = None) -> list[Tensor]:
         """Encode videos, see `get_videos`: V tensors ``(tokens, E)``."""

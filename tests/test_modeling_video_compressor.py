@@ -6,8 +6,12 @@ from test_modeling_hico import IMAGE, VIDEO, flat, left_pad, pixels, visual_inpu
 
 from hico import HicoConfig, HicoForConditionalGeneration, HicoProcessor
 from hico.cli import load
+from hico.compressors.base import Compressor
+from hico.compressors.identity import IdentityCompressor
 from hico.demo import write_moving_square
-from hico.registry import VIDEO_COMPRESSORS
+from hico.encoders.umt import UMTEncoder
+from hico.preprocessing import normalize_pixels
+from hico.registry import COMPRESSORS, ENCODERS, VIDEO_COMPRESSORS
 from hico.session import Session
 
 SETTINGS: dict[str, dict] = {}
@@ -172,6 +176,70 @@ def test_a_wrong_video_compressor_leaves_the_old_one_in_force(model):
         assert model.config.video_compressor == {"name": "uniform", "keep_ratio": 0.5}
     with pytest.raises(ValueError, match="48 video placeholders, but the 1 video"):
         model(torch.tensor([[1, *[VIDEO] * 48, 2]]), **visual_inputs([moving(3)], []))
+
+
+class Blind(UMTEncoder):
+    """An encoder that cannot be watched."""
+
+    def _attentions(self):
+        return []
+
+
+class Opaque(IdentityCompressor):
+    """A compressor that does not say which tokens it joins."""
+
+    carry = Compressor.carry
+
+
+def test_a_method_that_needs_attention_refuses_what_gives_none(monkeypatch):
+    for registry in (ENCODERS, COMPRESSORS):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    ENCODERS.register("blind", Blind)
+    COMPRESSORS.register("opaque", Opaque)
+    tiny = HicoConfig.preset("tiny")
+    for changes, message in (
+        ({"encoder": {**tiny.encoder, "name": "blind"}}, "'visionzip' ranks tokens .* Blind gives none"),
+        ({"compressor": "opaque"}, "'visionzip' ranks tokens .* Opaque does not say which tokens it joins"),
+    ):
+        config = HicoConfig.preset("tiny", video_compressor="visionzip", **changes)
+        with pytest.raises(ValueError, match=message):
+            HicoForConditionalGeneration(config)
+        with pytest.raises(ValueError, match=message):
+            config.vision.num_video_tokens(8)
+        config.video_compressor = {"name": "evs"}
+        HicoForConditionalGeneration(config)
+
+
+@torch.no_grad()
+def test_attention_follows_the_tokens_that_are_merged_or_pooled():
+    for compressor in ({"name": "pooling", "stride": 2}, {"name": "token_merge", "tokens_per_frame": 4}, "identity"):
+        config = HicoConfig.preset("tiny", compressor=compressor, video_compressor="visionzip")
+        inner = HicoForConditionalGeneration(config).eval().model
+        clips = moving(3)
+        tokens, facts = inner.encode(clips, attend=True)
+        assert torch.equal(tokens, inner.encode(clips))
+        pixels = normalize_pixels(clips, mean=inner.encoder.image_mean, std=inner.encoder.image_std)
+        before, attention, keys = inner.encoder.attend(pixels)
+        # What each token holds, found by merging the places of all patches instead of what is known of them.
+        places = torch.eye(before.shape[1]).expand(3, -1, -1)
+        shares = inner.compressor.carry(places, before, inner.encoder.grid(4, 48, 48))
+        torch.testing.assert_close(facts[..., 0], (shares @ attention[..., None])[..., 0])
+        torch.testing.assert_close(facts[..., 1:], shares @ keys)
+        torch.testing.assert_close(tokens, inner.projector(shares @ before), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_video_that_is_read_as_it_comes_is_compressed_alike(model):
+    for name in VIDEO_COMPRESSORS.names():
+        model.set_video_compressor(spec_of(name))
+        clips = moving(20)  # more than one chunk
+        whole, streamed = (
+            model.model.get_videos(clips)[0],
+            model.model.encode_video(iter(clips.split(7)), num_clips=20),
+        )
+        assert torch.equal(whole.indices_K, streamed.indices_K)
+        torch.testing.assert_close(whole.tokens_KD, streamed.tokens_KD)
+        assert (whole.num_frames, whole.tokens_per_frame, whole.sampled_per_frame) == (20, 16, 4)
 
 
 # Processor and session ---------------------------------------------------------------------------------------------

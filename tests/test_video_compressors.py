@@ -244,6 +244,22 @@ def test_a_name_registered_at_run_time_is_held_to_the_contract(monkeypatch):
     assert config.vision.num_video_tokens(8) == 16
 
 
+@pytest.mark.parametrize("name", ["uniform", "random", "evs", "dycoke", "visionzip", "dtd"])
+def test_a_video_that_comes_in_chunks_is_not_held(name):
+    alive, most = weakref.WeakSet(), []
+
+    def chunks():
+        for seed in range(20):
+            chunk = FrameTokens(*(part.clone() for part in video_of(4, 4, seed=seed)))
+            alive.add(chunk.tokens_FPD)
+            yield chunk
+            del chunk
+            most.append(len(alive))
+
+    build(name).select_stream(chunks(), num_frames=80)
+    assert max(most) <= 3
+
+
 def test_tokens_know_their_frames_and_times():
     video = CompressedVideo(torch.zeros(4, 2), torch.tensor([0, 5, 6, 11]), 3, 4, 4)
     assert video.frames_K.tolist() == [0, 1, 1, 2]

@@ -43,6 +43,11 @@ class Compressor(nn.Module, ABC):
         """
         return 1
 
+    @property
+    def carries(self) -> bool:
+        """Whether `carry` works, so that what the encoder attended to can follow its tokens."""
+        return type(self).carry is not Compressor.carry
+
     def carry(self, values_NLC: Tensor, tokens_NLD: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Average what is known of the input tokens over those that each output token holds.
 
@@ -53,13 +58,8 @@ class Compressor(nn.Module, ABC):
         Returns:
             ``(N, K, C)``.
 
-        Raises:
-            ValueError: if this compressor cannot say which tokens an output token holds.
         """
-        raise ValueError(
-            f"{type(self).__name__} does not say which tokens it joins, so the encoder's attention cannot follow "
-            "them; use another compressor, or a video compressor that needs no attention"
-        )
+        raise NotImplementedError  # and `carries` says so
 
     @abstractmethod
     def forward(self, tokens_NLD: Tensor, grid: tuple[int, int, int]) -> Tensor:

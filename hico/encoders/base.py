@@ -112,17 +112,20 @@ class VisionEncoder(nn.Module, ABC):
             raise ValueError(f"{type(self).__name__} gives no attention; use an encoder whose gives_attention is true")
         if not -len(attentions) <= layer <= -1:
             raise ValueError(f"layer {layer} is none of {len(attentions)} that run; use -{len(attentions)} to -1")
-        entered: list[Tensor] = []
-        handle = attentions[layer].register_forward_pre_hook(
-            lambda _, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-        )
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        @torch.no_grad()
+        def look(attention: nn.Module, args: tuple, kwargs: dict) -> None:
+            # On the way, where weights that are sharded or offloaded are at hand.
+            seen.append(self._queries_and_keys(attention, (args[0] if args else kwargs["hidden_states"]).detach()))
+
+        handle = attentions[layer].register_forward_pre_hook(look, with_kwargs=True)
         try:
             tokens_NLD = self(clips_NTCHW)
         finally:
             handle.remove()
         with torch.no_grad():
-            pair = self._queries_and_keys(attentions[layer], entered[0].detach())
-            queries_MAXC, keys_MAXC = (rearrange(x, "m x (a c) -> m a x c", a=self.num_heads) for x in pair)
+            queries_MAXC, keys_MAXC = (rearrange(x, "m x (a c) -> m a x c", a=self.num_heads) for x in seen[0])
             num_rows, _, num_together, width = keys_MAXC.shape
             num_class = num_together - tokens_NLD.shape[:2].numel() // num_rows
             queries_MAQC = queries_MAXC[:, :, :num_class] if num_class else queries_MAXC
