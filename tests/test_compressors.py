@@ -106,6 +106,25 @@ def test_tokens_that_do_not_fill_the_grid_are_named(name):
         build(name)(torch.randn(2, 73, WIDTH), (3, 4, 6))
 
 
+@every_compressor
+@every_grid
+def test_output_tokens_are_laid_out_in_steps_and_what_is_known_of_tokens_follows_them(name, grid):
+    compressor, tokens = build(name).eval().double(), tokens_for(grid).double()
+    num_kept, num_steps = compressor.num_output_tokens(grid), compressor.num_steps(grid)
+    assert num_kept % num_steps == 0
+    assert grid[0] % num_steps == 0
+    if not compressor.carries:
+        return
+    step_of = torch.arange(grid[0], dtype=torch.float64).repeat_interleave(grid[1] * grid[2])
+    facts = torch.stack([torch.ones_like(step_of), step_of], dim=-1).expand(2, -1, -1)
+    carried = compressor.carry(facts, tokens, grid)
+    assert carried.shape == (2, num_kept, 2)
+    torch.testing.assert_close(carried[..., 0], torch.ones(2, num_kept, dtype=torch.float64))
+    if num_steps == grid[0]:
+        expected = torch.arange(num_steps, dtype=torch.float64).repeat_interleave(num_kept // num_steps)
+        torch.testing.assert_close(carried[..., 1], expected.expand(2, -1))
+
+
 # token_merge -------------------------------------------------------------------------------------------------------
 
 

@@ -216,6 +216,18 @@ def test_measured_lengths_bound_those_of_examples_closely(folder):
     assert (lengths.estimate_lengths(prepared.mixture, prepared.processor, recipe) > 1.4 * real).any()
 
 
+def test_lengths_count_what_a_video_compressor_leaves(folder):
+    changes = {"model_config": {"video_compressor": {"name": "evs", "keep_ratio": 0.5}}}
+    prepared = prepare(recipe := make(folder, frame_sampling="middle", max_frames=32, **changes))
+    rows = TrainingRows(prepared.mixture, prepared.processor, recipe, seed=0)
+    real = np.array([len(rows[0, index]["input_ids"]) for index in range(len(rows))])
+    assert (np.abs(lengths.measure_lengths(prepared.mixture, prepared.processor, recipe) - real) <= 8).all()
+    plain = prepare(make(folder, frame_sampling="middle", max_frames=32))
+    saved = lengths.estimate_lengths(plain.mixture, plain.processor, recipe)
+    saved -= lengths.estimate_lengths(prepared.mixture, prepared.processor, recipe)
+    assert saved.max() == plain.processor.vision.num_video_tokens(32) // 2
+
+
 def test_what_cannot_be_measured_is_as_long_as_a_row_may_be(folder, own_cache, caplog):
     (folder / "0.mp4").unlink()
     (folder / "0.mp4").write_text("no video")

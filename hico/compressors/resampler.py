@@ -51,6 +51,10 @@ class ResamplerCompressor(Compressor):
         """See ``Compressor.num_output_tokens``."""
         return grid[0] * self.tokens_per_frame
 
+    def num_steps(self, grid: tuple[int, int, int]) -> int:
+        """See ``Compressor.num_steps``."""
+        return grid[0]
+
     def forward(self, tokens_NLD: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """See ``Compressor.forward``."""
         self.check_grid(tokens_NLD, grid)

@@ -47,11 +47,15 @@ class TemporalMergeCompressor(Compressor):
             )
         return num_keep
 
+    def carry(self, values_NLC: Tensor, tokens_NLD: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """See ``Compressor.carry``."""
+        num_keep = self.num_output_tokens(grid)
+        if num_keep == tokens_NLD.shape[1]:
+            return values_NLC
+        metric_NLC = similarity_metric(tokens_NLD.detach(), num_heads=self.num_heads)
+        return apply_merge(values_NLC, plan_merge_over_time(metric_NLC, num_keep, num_steps=grid[0]))
+
     def forward(self, tokens_NLD: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """See ``Compressor.forward``."""
         self.check_grid(tokens_NLD, grid)
-        num_keep = self.num_output_tokens(grid)
-        if num_keep == tokens_NLD.shape[1]:
-            return tokens_NLD
-        metric_NLC = similarity_metric(tokens_NLD.detach(), num_heads=self.num_heads)
-        return apply_merge(tokens_NLD, plan_merge_over_time(metric_NLC, num_keep, num_steps=grid[0]))
+        return self.carry(tokens_NLD, tokens_NLD, grid)

@@ -80,13 +80,20 @@ class UnevenCompressor(Compressor):
         """See ``Compressor.num_output_tokens``."""
         return sum(side * side for side in self.sides_of(grid))
 
+    def carry(self, values_NLC: Tensor, tokens_NLD: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """See ``Compressor.carry``; the average over each window, whatever the mode."""
+        return self._pool(values_NLC, grid, "average")
+
     def forward(self, tokens_NLD: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """See ``Compressor.forward``."""
         self.check_grid(tokens_NLD, grid)
+        return self._pool(tokens_NLD, grid, self.mode)
+
+    def _pool(self, tokens_NLD: Tensor, grid: tuple[int, int, int], mode: str) -> Tensor:
         steps, rows, columns = grid
         sides = self.sides_of(grid)
         maps = rearrange(tokens_NLD, "n (t h w) d -> t n d h w", t=steps, h=rows, w=columns)
-        pool = SQUARES[self.mode]
+        pool = SQUARES[mode]
         first = pool(maps[0], sides[0]).flatten(2).mT
         if steps == 1:
             return first
