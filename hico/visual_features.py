@@ -85,9 +85,12 @@ class VisualFeaturesMixin:
         grid = self.encoder.grid(clip_shape[0], *clip_shape[-2:])
         num_steps = self.compressor.num_steps(grid)
         per_frame = self.compressor.num_output_tokens(grid) // num_steps
+        num_frames, num_sampled, num_seen = num_clips * num_steps, clip_shape[0] // num_steps, 0
 
         def frames() -> Iterator[FrameTokens]:
+            nonlocal num_seen
             for tokens_NKE, facts_NKC in encoded:
+                num_seen += len(tokens_NKE)
                 tokens_FPE = tokens_NKE.reshape(-1, per_frame, tokens_NKE.shape[-1])
                 if facts_NKC is None:
                     yield FrameTokens(tokens_FPE)
@@ -95,11 +98,12 @@ class VisualFeaturesMixin:
                     facts_FPC = facts_NKC.reshape(-1, per_frame, facts_NKC.shape[-1])
                     yield FrameTokens(tokens_FPE, facts_FPC[..., 0], facts_FPC[..., 1:])
 
-        num_frames, num_sampled = num_clips * num_steps, clip_shape[0] // num_steps
         if self.video_compressor is None:
             tokens_FPE = torch.cat([part.tokens_FPD for part in frames()])
             return CompressedVideo.whole(tokens_FPE, sampled_per_frame=num_sampled)
         indices_K, tokens_KE = self.video_compressor.select_stream(frames(), num_frames=num_frames)
+        if num_seen != num_clips:
+            raise ValueError(f"num_clips is {num_clips}, but the video has {num_seen} clips")
         return CompressedVideo(tokens_KE, indices_K, num_frames, per_frame, num_sampled)
 
     def _encode_chunk(

@@ -72,6 +72,24 @@ def test_rows_padded_on_either_side_or_not_at_all_equal_rows_alone(thinning):
     assert (output.trim.columns_BN[0] == -1).any()
 
 
+@torch.no_grad()
+def test_a_schedule_behind_it_is_right_for_rows_of_any_length(thinning):
+    rows, videos, images = batch_of(thinning)
+    ids, mask = left_pad(rows)
+    thinning.set_drop_schedule("uniform@1:0.5", positions="keep")
+    output = thinning(ids, attention_mask=mask, **visual_inputs(flat(videos), flat(images)))
+    for i, row in enumerate(rows):
+        single = thinning(row[None], **visual_inputs(videos[i], images[i]))
+        torch.testing.assert_close(output.logits[i, -single.logits.shape[1] :], single.logits[0])
+    left = output.drop_plan.gather(output.trim.gather(ids, fill=-1), fill=-1)
+    assert left[0, -4:].tolist() == rows[0].tolist()
+    settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 256}
+    batch = thinning.generate(ids, attention_mask=mask, **visual_inputs(flat(videos), flat(images)), **settings)
+    for i, row in enumerate(rows):
+        single = thinning.generate(row[None], **visual_inputs(videos[i], images[i]), **settings)
+        assert single[0, -3:].tolist() == batch[i, -3:].tolist()
+
+
 def test_packed_rows_keep_to_themselves(thinning):
     clips = [moving(4), moving(3)]
     parts = [prompt(thinning, 1, "4", 2, 3), prompt(thinning, 4, "3", 5, 6, 7)]

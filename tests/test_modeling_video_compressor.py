@@ -240,6 +240,8 @@ def test_a_video_that_is_read_as_it_comes_is_compressed_alike(model):
         assert torch.equal(whole.indices_K, streamed.indices_K)
         torch.testing.assert_close(whole.tokens_KD, streamed.tokens_KD)
         assert (whole.num_frames, whole.tokens_per_frame, whole.sampled_per_frame) == (20, 16, 4)
+        with pytest.raises(ValueError, match="num_clips is 21, but the video has 20 clips"):
+            model.model.encode_video(clips, num_clips=21)
 
 
 # Processor and session ---------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -258,6 +260,16 @@ def test_a_video_that_comes_in_chunks_is_not_held(name):
 
     build(name).select_stream(chunks(), num_frames=80)
     assert max(most) <= 3
+
+
+def test_the_method_of_the_documentation_runs(monkeypatch):
+    monkeypatch.setattr(VIDEO_COMPRESSORS, "_entries", dict(VIDEO_COMPRESSORS._entries))
+    page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile(next(block for block in blocks if "class EveryOther" in block), "docs/methods.md", "exec"), {})
+    assert build("every_other").select(*video_of(3, 5))[0].tolist() == [0, 2, 4, 6, 8, 10, 12, 14]
+    known = [name for name in VIDEO_COMPRESSORS.names() if name != "every_other"]
+    assert all(f"| `{name}` |" in page for name in known)
 
 
 def test_tokens_know_their_frames_and_times():
