@@ -122,11 +122,8 @@ class Recipe(RowSettings):
         is_pairs = self.objective == "preference"
         is_tracks, has_adapters = self.objective == "tracks", self.lora is not None
         for is_wrong, message in (
-            (is_tracks and self.trainable != ["encoder"], "objective tracks trains the encoder: trainable: [encoder]"),
-            (
-                is_tracks and self.evaluates,
-                "objective tracks evaluates nothing; leave out eval_fraction and eval_data",
-            ),
+            (is_tracks and self.trainable != ["encoder"], "objective tracks trains the encoder alone; set trainable"),
+            (is_tracks and self.evaluates, "objective tracks evaluates nothing; leave out eval_data, eval_fraction"),
             (
                 is_tracks and self.sequence_parallel > 1,
                 "objective tracks has no sequence; leave out sequence_parallel",
