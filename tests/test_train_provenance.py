@@ -45,6 +45,12 @@ def test_a_finished_stage_that_was_made_otherwise_is_told(finished, changes):
         run.run_stage(recipe)
 
 
+def test_what_an_earlier_version_made_is_no_stage_to_go_on_from(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"id": "x", "settings": {}}')
+    with pytest.raises(ValueError, match="made by an earlier version of hico; remove it"):
+        changes_since(tmp_path, {})
+
+
 def test_a_run_goes_on_wherever_its_folders_lie(tmp_path, monkeypatch):
     folder, moved = tmp_path / "here", tmp_path / "there"
     folder.mkdir()

@@ -70,7 +70,7 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 
 def changes_since_end(final: Path, recipe: Recipe) -> dict[str, str]:
     """Say in words what differs between a finished stage and what is asked for: settings, model below, rows."""
-    before, identity = read_manifest(final), _identity(recipe)
+    before, identity = _made(final), _identity(recipe)
     changed = _changes(before["recipe"], settings_of(recipe))
     if Path(recipe.model).is_dir() and before["started_from"] != identity:
         changed["started_from"] = f"{recipe.model} was trained again since"
@@ -88,7 +88,7 @@ def changes_since_end(final: Path, recipe: Recipe) -> dict[str, str]:
 
 def is_longer(final: Path, recipe: Recipe) -> bool:
     """Say whether more steps or epochs are asked for than a finished stage made."""
-    before, now = read_manifest(final)["recipe"], settings_of(recipe)
+    before, now = _made(final)["recipe"], settings_of(recipe)
     key = "max_steps" if max(before["max_steps"], now["max_steps"]) > 0 else "num_train_epochs"
     return now[key] > before[key] > 0
 
@@ -102,7 +102,7 @@ def changes_since(last: Path, asked: Mapping[str, Any]) -> str:
     Raises:
         ValueError: if the run is of other data, in another order, started from another model, or of another optimizer.
     """
-    before, hint = read_manifest(last), "put that back, give --overwrite, or name another output_dir"
+    before, hint = _made(last), "put that back, give --overwrite, or name another output_dir"
     for key in ("started_from", "seed", "datasets", "order"):
         if before[key] != asked[key]:
             why = " (batch sizes, devices, lengths or held-out rows differ)" if key == "order" else ""
@@ -118,6 +118,13 @@ def changes_since(last: Path, asked: Mapping[str, Any]) -> str:
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
     return {key: f"{key} was {old[key]!r} and is {new[key]!r}" for key in new if key in old and old[key] != new[key]}
+
+
+def _made(folder: Path) -> dict[str, Any]:
+    made = read_manifest(folder)
+    if "recipe" not in made:
+        raise ValueError(f"{folder} was made by an earlier version of hico; remove it, or name another output_dir")
+    return made
 
 
 def _identity(recipe: Recipe) -> str | None:
