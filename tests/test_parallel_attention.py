@@ -7,6 +7,8 @@ from types import ModuleType
 import pytest
 import torch
 from dropout_reference import TINY, build
+from parallel_worker import Case, videos
+from parallel_worker import build as build_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from hico.compat import UnsupportedDecoder
@@ -101,6 +103,15 @@ def test_a_group_of_one_changes_nothing(name, local):
     handle.remove()
     handle.remove()
     assert torch.equal(model(**batches[0], use_cache=True).logits, model(**batches[0], use_cache=False).logits)
+
+
+@torch.no_grad()
+def test_a_model_that_sees_can_be_patched_like_any_other():
+    model, batch = build_model(Case()).eval(), videos(0)
+    expected = model(**batch, logits_to_keep=3).logits
+    with pytest.raises(ValueError, match="keeps no cache"):
+        patch(model, ALONE) and model(**{**batch, "use_cache": True})
+    torch.testing.assert_close(model(**batch, logits_to_keep=3).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_copy_of_a_model_is_spread_too():

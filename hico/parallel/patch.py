@@ -40,7 +40,8 @@ def patch(model: nn.Module, mesh: SequenceMesh) -> SequenceHandle:
     """
     decoder = model if hasattr(model, "layers") else model.get_decoder()
     check_decoder(decoder)
-    return SequenceHandle(decoder, mesh, None if model is decoder else model)
+    reads_layouts = model is decoder or hasattr(model, "set_sequence_parallel")
+    return SequenceHandle(decoder, mesh, None if reads_layouts else model)
 
 
 def check_decoder(decoder: nn.Module) -> None:
