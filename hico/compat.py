@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -179,8 +180,17 @@ def check_decoder(decoder: nn.Module) -> None:
             raise UnsupportedDecoder(layer_type, f"takes {', '.join(others)}, which dropping does not know to shorten")
         if missing := sorted({"hidden_states", "attention_mask", "position_embeddings"} - names):
             raise UnsupportedDecoder(layer_type, f"does not take {', '.join(missing)}, which dropping has to change")
-    if any(getattr(module, "is_causal", None) is False for layer in decoder.layers for module in layer.modules()):
+    parts = [config, *(module for layer in decoder.layers for module in layer.modules())]
+    if any(getattr(part, "is_causal", None) is False for part in parts):
         raise UnsupportedDecoder(decoder, "lets tokens attend to those after them")
+    makers = [vars(sys.modules[owner.__module__]).values() for owner in type(decoder).__mro__]
+    slides = any(create_sliding_window_causal_mask in names for names in makers)
+    if not slides and any(sliding_window(config, layer) is not None for layer in range(num_layers)):
+        raise UnsupportedDecoder(
+            decoder,
+            f"has a sliding window of {config.sliding_window} in its configuration, by which its cache is cut and its "
+            "attention is not; set config.sliding_window = None",
+        )
     takes_kwargs = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(decoder.forward).parameters.values())
     if not takes_kwargs:
         raise UnsupportedDecoder(

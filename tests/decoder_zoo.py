@@ -156,7 +156,7 @@ def masked(model, decoder, embeds_1SE, kept_after: dict[int, torch.Tensor], *, r
     Returns:
         Logits ``(S, V)``; those of dropped tokens mean nothing.
     """
-    config, length = decoder.config, embeds_1SE.shape[1]
+    length = embeds_1SE.shape[1]
 
     def hide(index, layer, args, kwargs):
         stages = [stage for stage in kept_after if stage <= index]
@@ -166,16 +166,15 @@ def masked(model, decoder, embeds_1SE, kept_after: dict[int, torch.Tensor], *, r
         places_S = kept_S.long().cumsum(0) - 1
         distance = places_S[:, None] - places_S[None]
         seen = (distance >= 0) & kept_S[None] | torch.eye(length, dtype=torch.bool)
-        kinds = getattr(config, "layer_types", None)
-        window = getattr(config, "sliding_window", None)
-        if window and (kinds is None or kinds[index] == "sliding_attention"):
-            seen &= distance < window
+        own = kwargs["attention_mask"]
+        window = length if own is None else (own == 0).sum(-1).max()  # tokens that a layer sees, by its eager mask
+        seen &= distance < window
         mask = torch.zeros(length, length).masked_fill(~seen, torch.finfo(torch.float32).min)
         kwargs = {**kwargs, "attention_mask": mask[None, None]}
         if renumber:
             positions = places_S.clamp(min=0)[None]
             given = inspect.signature(decoder.rotary_emb.forward).parameters
-            kind = {"layer_type": kinds[index]} if "layer_type" in given else {}
+            kind = {"layer_type": decoder.config.layer_types[index]} if "layer_type" in given else {}
             if kwargs["position_embeddings"] is not None:
                 kwargs["position_embeddings"] = decoder.rotary_emb(embeds_1SE, position_ids=positions, **kind)
             if "position_ids" in kwargs:

@@ -34,6 +34,21 @@ def test_a_decoder_that_sees_what_comes_after_is_refused_under_any_policy(name):
         patch(quietly(build_tiny, name, use_bidirectional_attention=True), SCHEDULE)
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"is_causal": False}, "those after them"),
+        ({"sliding_window": 9}, r"sliding window of 9 .* set config\.sliding_window = None"),
+    ],
+)
+def test_settings_that_a_decoder_follows_by_half_are_refused(setting, words):
+    model = quietly(build_tiny, "LlamaForCausalLM")
+    for name, value in setting.items():
+        setattr(model.config, name, value)
+    with pytest.raises(UnsupportedDecoder, match=words):
+        patch(model, SCHEDULE)
+
+
 @torch.no_grad()
 def test_a_layer_that_adds_to_its_mask_is_given_one():
     model = quietly(build_tiny, "DogeForCausalLM", sliding_window=None)
