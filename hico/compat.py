@@ -153,6 +153,11 @@ def causal_mask(
 # Decoders
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Return what `torch.compile` wrapped, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
 def sliding_window(config: Any, layer: int) -> int | None:
     """Say how many tokens a layer sees at most; None if all before it."""
     kinds = getattr(config, "layer_types", None)
@@ -174,7 +179,7 @@ def check_decoder(decoder: nn.Module) -> None:
         UnsupportedDecoder: naming what is in the way.
     """
     config, num_layers = decoder.config, len(decoder.layers)
-    for layer_type in {type(layer) for layer in decoder.layers}:
+    for layer_type in {type(uncompiled(layer)) for layer in decoder.layers}:
         names = set(inspect.signature(layer_type.forward).parameters) - {"self"}
         if others := sorted(names - LAYER_ARGUMENTS):
             raise UnsupportedDecoder(layer_type, f"takes {', '.join(others)}, which dropping does not know to shorten")
@@ -222,6 +227,9 @@ def rotary_embeddings(decoder: nn.Module, hidden_states: Tensor, position_ids: T
     """Compute what a layer multiplies queries and keys by at other positions."""
     rotary = decoder.rotary_emb
     kind = {"layer_type": decoder.config.layer_types[layer]} if takes_layer_type(rotary) else {}
+    sections = (getattr(decoder.config, "rope_parameters", None) or {}).get("mrope_section")
+    if sections is not None:  # in 5.17 such embeddings take one position for each axis alone
+        position_ids = position_ids.expand(len(sections), *position_ids.shape)
     return rotary(hidden_states, position_ids=position_ids, **kind)
 
 
@@ -274,6 +282,9 @@ def attention_call(
 
     AttentionInterface.register(_CAPTURE, _stop)
     given = {name: value for name, value in kwargs.items() if not isinstance(value, Cache)} | {"attention_mask": None}
+    for part in layer.modules():
+        if hasattr(part, "unshard"):  # by FSDP2, apart from its layer; gathered now, and let go when the layer has run
+            part.unshard()
     try:
         _stopping_copy(layer).forward(hidden_states, **given)
     except _Reached as reached:
@@ -313,11 +324,12 @@ def _stopping_copy(module: nn.Module) -> nn.Module:
 
     Hooks of the copied ones are left out, but for accelerate's, which stand in for ``forward`` and move tensors.
     """
-    children = {name: child and _stopping_copy(child) for name, child in module._modules.items()}
+    module = uncompiled(module)
+    children = {name: child if child is None else _stopping_copy(child) for name, child in module._modules.items()}
     has_config = hasattr(vars(module).get("config"), "_attn_implementation")
     if not has_config and all(child is module._modules[name] for name, child in children.items()):
         return module
-    twin = module.__new__(type(module))
+    twin = object.__new__(type(module))  # what FSDP makes of a class has a `__new__` of its own
     twin.__dict__.update(module.__dict__)
     twin.__dict__ |= {"_modules": children, "_parameters": dict(module._parameters), "_compiled_call_impl": None}
     twin.__dict__ |= {name: type(hooks)() for name, hooks in vars(module).items() if name.endswith("_hooks")}

@@ -1,4 +1,4 @@
-"""Every causal LM class of the installed transformers, tiny; and dropping tokens written as attention masks.
+"""Every decoder class of the installed transformers, tiny; and dropping tokens written as attention masks.
 
 ``python tests/decoder_zoo.py > docs/decoders.md`` writes the page of what is dropped rightly and what is refused.
 """
@@ -8,7 +8,7 @@ import warnings
 
 import torch
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from hico.compat import UnsupportedDecoder
 from hico.llm_dropout import patch
@@ -76,10 +76,23 @@ OVERRIDES = {
         "layer_types": ["full_attention", "sliding_attention"] * 2,
         "rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE},
     },
+    "DbrxForCausalLM": {
+        **{"d_model": 32, "n_heads": 4, "n_layers": NUM_LAYERS},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.0, "rope_theta": 1e4},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "Dots3NoteForCausalLM": {
+        **{"head_dim": 16, "num_key_value_heads": 4, "shared_experts_intermediate_size": 16, "per_layer_config": {}},
+        **{"index_head_dim": 8, "index_n_heads": 2, "index_topk": 8},
+    },
     "FalconH1ForCausalLM": {"mamba_d_ssm": 64, **STATE_SPACE},
     "Gemma4ForCausalLM": {"hidden_size_per_layer_input": 0},
     "GraniteMoeHybridForCausalLM": {"layer_types": ["linear_attention", "full_attention"] * 2, **STATE_SPACE},
     "Inkling2ForCausalLM": {**SLIDING, "d_rel": 4, "rel_extent": 16, "unpadded_vocab_size": 61},
+    "Inkling2LoopForCausalLM": {
+        **{**SLIDING, "d_rel": 4, "rel_extent": 16, "unpadded_vocab_size": 61, "n_layers_per_attn_res_block": 1},
+        **{"loop_layer_index_start": 1, "loop_layer_index_end": 3, "loop_num_passes": 2, "loop_gate_rank": 4},
+    },
     "KimiLinearForCausalLM": {"linear_head_dim": 8, "linear_num_heads": 4, "num_experts_per_token": 2},
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "Mamba2ForCausalLM": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8},
@@ -93,11 +106,24 @@ OVERRIDES = {
 }
 """Fields of configurations that `SIZES` does not fit."""
 
+OF_THREE_AXES = [
+    *("Cosmos3EdgeTextModel", "Glm4vMoeTextModel", "Glm4vTextModel", "GlmImageTextModel", "GlmOcrTextModel"),
+    *("HunYuanVLTextModel", "Qwen2VLTextModel", "Qwen2_5_VLTextModel", "Qwen3VLMoeTextModel", "Qwen3VLTextModel"),
+]
+THREE_AXES = {**ROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}
+OVERRIDES |= {name: {"rope_parameters": THREE_AXES} for name in OF_THREE_AXES}
+OVERRIDES["Qwen3VLMoeTextModel"]["sliding_window"] = None
+
 
 def causal_lms() -> list[str]:
     """Name the classes behind `AutoModelForCausalLM`."""
     names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     return sorted({name for entry in names for name in ([entry] if isinstance(entry, str) else entry)})
+
+
+def text_decoders() -> list[str]:
+    """Name the decoders of multimodal models that have a class of their own."""
+    return sorted({name for kind, name in MODEL_MAPPING_NAMES.items() if kind.endswith("_text")})
 
 
 def build_tiny(name: str, **overrides):
@@ -112,7 +138,7 @@ def build_tiny(name: str, **overrides):
     """
     model_class = getattr(transformers, name)
     config_class = model_class.config_class
-    if config_class.sub_configs:
+    if any(part.model_type for part in config_class.sub_configs.values()):
         raise ValueError(f"{name} is made of several models")
     torch.manual_seed(0)
     default = config_class()
@@ -132,6 +158,8 @@ def build_tiny(name: str, **overrides):
     if num_parameters > 2_000_000:
         raise ValueError(f"{name} has {num_parameters} parameters")
     model = model_class(config).eval()
+    if name in text_decoders():
+        model.register_forward_hook(lambda _, args, output: setattr(output, "logits", output.last_hidden_state))
     # Their eager attention returns weights without sinks.
     reports_sinks = name not in ("GraniteMoeSWAForCausalLM", "GraniteSWAForCausalLM")
     with torch.no_grad():
@@ -176,7 +204,8 @@ def masked(model, decoder, embeds_1SE, kept_after: dict[int, torch.Tensor], *, r
             given = inspect.signature(decoder.rotary_emb.forward).parameters
             kind = {"layer_type": decoder.config.layer_types[index]} if "layer_type" in given else {}
             if kwargs["position_embeddings"] is not None:
-                kwargs["position_embeddings"] = decoder.rotary_emb(embeds_1SE, position_ids=positions, **kind)
+                axes = positions.expand(3, 1, -1) if decoder.config.rope_parameters.get("mrope_section") else positions
+                kwargs["position_embeddings"] = decoder.rotary_emb(embeds_1SE, position_ids=axes, **kind)
             if "position_ids" in kwargs:
                 kwargs["position_ids"] = positions
         return args, kwargs
@@ -206,7 +235,8 @@ def quietly(function, *args, **kwargs):
 
 PAGE = """# Decoders
 
-What progressive visual dropout does with every causal LM class of transformers {version}, written by
+What progressive visual dropout does with every causal LM class of transformers {version}, and with every decoder of a
+multimodal model that has a class of its own (`...TextModel`), written by
 `python tests/decoder_zoo.py > docs/decoders.md`. A class is built tiny, with its own mix of types of layers;
 `tests/test_llm_dropout_zoo.py` then holds its scores against its own eager attention, its logits against a slow
 restatement, batches against rows, and cached decoding against one call. What is refused is refused with an error that
@@ -246,7 +276,7 @@ def verdict(name: str) -> str | None:
 def write_page() -> str:
     """Write the page about the installed transformers."""
     right, refused, untried = [], {}, []
-    for name in causal_lms():
+    for name in [*causal_lms(), *text_decoders()]:
         try:
             reason = quietly(verdict, name)
         except Exception:

@@ -10,6 +10,8 @@ import torch.multiprocessing as mp
 from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 from dropout_reference import TINY, WIDTH, build, close, prompt
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import is_flash_attn_2_available
@@ -76,6 +78,37 @@ def test_processes_that_share_the_heads_keep_what_one_process_keeps(tmp_path):
         assert torch.equal(kept, out.drop_plan.kept_indices)
         close(scores, out.drop_plan.scores_at(1))
         close(logits[kept >= 0], out.logits[kept >= 0])
+
+
+def sharded_worker(rank, port, folder):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    mesh, model = init_device_mesh("cpu", (2,)), build()
+    for index, layer in enumerate(model.model.layers):
+        if index < 2:  # one may shard attention apart from its layer, too
+            fully_shard(layer.self_attn, mesh=mesh)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    patch(model, "attention@1:0.6,attention@3:0.3")
+    loss_of_row(model, rank).backward()
+    torch.save(
+        {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None},
+        folder / f"{rank}.pt",
+    )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_processes_that_share_the_weights_train_as_one(tmp_path):
+    mp.spawn(sharded_worker, (free_port(), tmp_path), nprocs=2)
+    model = build()
+    patch(model, "attention@1:0.6,attention@3:0.3")
+    ((loss_of_row(model, 0) + loss_of_row(model, 1)) / 2).backward()
+    gradients = torch.load(tmp_path / "0.pt")
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @torch.no_grad()

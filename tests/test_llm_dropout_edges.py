@@ -1,6 +1,7 @@
 """Progressive visual dropout where calls meet: caches cut or half filled, windows, guesses, chance in the layers."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -48,6 +49,54 @@ def test_gradient_checkpointing_repeats_the_dropout_of_a_projection(reentrant):
         model(**{**batch.inputs, "inputs_embeds": embeds}, labels=labels, use_cache=False).loss.backward()
         grads.append(embeds.grad)
     assert torch.equal(*grads)
+
+
+class QuantisedLinear(nn.Module):
+    """A projection whose weights are stored as whole numbers."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        scale = linear.weight.detach().abs().max() / 127
+        self.register_parameter("weight", nn.Parameter((linear.weight / scale).round().to(torch.int8), False))
+        self.scale, self.bias = scale, linear.bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * self.scale, self.bias)
+
+
+@torch.no_grad()
+def test_quantised_projections_are_scored_by_what_they_compute():
+    model, batch = build(attention="eager"), prompt([4, 12, 3], [2, 6, 5])
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(layer.self_attn, name, QuantisedLinear(getattr(layer.self_attn, name)))
+    weights = model(
+        inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask, output_attentions=True
+    ).attentions[1]
+    patch(model, SCHEDULE)
+    scores = model(**batch.inputs).drop_plan.scores_at(1)
+    real = batch.attention_mask.bool()
+    torch.testing.assert_close(scores[real], weights[:, :, -1].mean(1)[real], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", [pytest.param("model", marks=pytest.mark.slow), "layer", "attention", "mlp"])
+@torch.no_grad()
+def test_what_is_compiled_drops_as_before(part):
+    model, batch = build(), prompt([4, 12, 3])
+    compiled = partial(torch.compile, backend="eager")
+    with patch(model, SCHEDULE):
+        expected = model(**batch.inputs).logits
+    attributes = {*vars(model), "_is_torch_compile"}
+    if part == "layer":
+        model.model.layers[1] = compiled(model.model.layers[1])
+    elif part == "attention":
+        model.model.layers[1].self_attn = compiled(model.model.layers[1].self_attn)
+    elif part == "mlp":
+        model.model.layers[1].mlp = compiled(model.model.layers[1].mlp)
+    whole = compiled(model) if part == "model" else model
+    with patch(whole, SCHEDULE):
+        torch.testing.assert_close(whole(**batch.inputs).logits, expected, rtol=1e-4, atol=1e-4)
+    assert set(vars(model)) <= attributes
 
 
 @torch.no_grad()

@@ -115,6 +115,8 @@ def test_calls_that_do_not_fit_are_refused():
             position_ids=torch.cat([torch.arange(9), torch.arange(10)])[None],
             use_cache=False,
         )
+    with pytest.raises(ValueError, match=r"position_ids has shape \(3, 2, 19\), with more than one position"):
+        model(**batch.inputs, position_ids=torch.arange(19).expand(3, 2, -1))
     with pytest.raises(ValueError, match="expected 0 for text"):
         model(**{**batch.inputs, "visual_mask": -2 * batch.visual_mask})
 

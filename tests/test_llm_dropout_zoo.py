@@ -1,4 +1,4 @@
-"""Laws of progressive visual dropout on every causal LM class of the installed transformers, or a clear refusal."""
+"""Laws of progressive visual dropout on every decoder class of the installed transformers, or a clear refusal."""
 
 import contextlib
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from decoder_zoo import build_tiny, causal_lms, masked, quietly, write_page
+from decoder_zoo import build_tiny, causal_lms, masked, quietly, text_decoders, write_page
 
 from hico.compat import UnsupportedDecoder
 from hico.llm_dropout import patch
@@ -31,9 +31,9 @@ def kept_after(plan, row=0):
     return kept
 
 
-@pytest.mark.parametrize("name", causal_lms())
+@pytest.mark.parametrize("name", [*causal_lms(), *text_decoders()])
 @torch.no_grad()
-def test_every_causal_lm_drops_rightly_or_is_refused(name):
+def test_every_decoder_drops_rightly_or_is_refused(name):
     try:
         model = quietly(build_tiny, name)
     except Exception as error:

@@ -125,6 +125,11 @@ class DropPlan:
         self._held = read_held(cache, self._layers, len(decoder.layers), self._attention_mask)
         self._answer_BS = None
         self._survivors = None if visual_mask is None else self._find_survivors(visual_mask, labels)
+        if position_ids is not None and position_ids.ndim != 2:
+            raise ValueError(
+                f"position_ids has shape {tuple(position_ids.shape)}, with more than one position for each token; "
+                "where visual tokens are dropped it must be None or (batch, sequence)"
+            )
         if position_ids is None:
             position_ids = torch.arange(self._length, device=self._device)[None] + self._num_seen
         elif cache is None and attention_mask is None and (position_ids.diff(dim=-1) != 1).any():
