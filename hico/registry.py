@@ -149,6 +149,7 @@ DROP_POLICIES = Registry(
     {
         "uniform": "hico.llm_dropout.policies:UniformPolicy",
         "attention": "hico.llm_dropout.policies:AttentionPolicy",
+        "attention_merge": "hico.llm_dropout.policies:AttentionMergePolicy",
         "random": "hico.llm_dropout.policies:RandomPolicy",
         "none": "hico.llm_dropout.policies:NonePolicy",
     },

@@ -134,6 +134,58 @@ def written_out(model, embeds_SE: torch.Tensor, kept: dict[int, torch.Tensor], *
     return model.lm_head(decoder.norm(hidden))[0]
 
 
+def slowly(model, embeds_SE: torch.Tensor, spans_S: torch.Tensor, schedule: str) -> tuple[torch.Tensor, dict]:
+    """Run one row through stock layers and choose, drop and merge token by token, in float64.
+
+    Args:
+        model: a causal LM with ``eager`` attention in float64, not patched.
+        embeds_SE: all tokens of the row, without padding; the last one asks.
+        spans_S: 0 is text, k the k-th video.
+        schedule: of policies that ask for scores, and ratios.
+
+    Returns:
+        Logits of the tokens that leave the last layer, and which tokens of the row enter each stage.
+    """
+    decoder, spans = model.model, spans_S.tolist()
+    stages = {stage.layer: stage for stage in DropSchedule.parse(schedule).stages}
+    hidden, columns, kept = list(embeds_SE), list(range(len(spans))), {}
+    asked = None  # the attention that the last token paid in the layer before
+
+    def run(layer):
+        states, places = torch.stack(hidden)[None], torch.arange(len(hidden))[None]
+        seen = torch.full((len(hidden),) * 2, -1e300, dtype=torch.float64).triu(1)[None, None]
+        weights = []
+        hook = layer.self_attn.register_forward_hook(lambda module, args, output: weights.append(output[1]))
+        cos_sin = decoder.rotary_emb(states, position_ids=places)
+        out = layer(states, attention_mask=seen, position_ids=places, position_embeddings=cos_sin)
+        hook.remove()
+        return list(out[0]), [sum(heads) / len(heads) for heads in weights[0][0, :, -1].T.tolist()]
+
+    for index, layer in enumerate(decoder.layers):
+        if index in stages:
+            stage = stages[index]
+            scores = asked if stage.scores_from == "previous" else run(layer)[1]
+            stays, merged = set(range(len(hidden))), {}
+            for span in sorted(set(spans) - {0}):
+                members = [place for place in stays if spans[columns[place]] == span]
+                budget = max(1, int(spans.count(span) * stage.keep))
+                best = sorted(members, key=lambda place: (-scores[place], place))[:budget]
+                for place in set(members) - set(best):
+                    stays.remove(place)
+                    alike = {b: torch.cosine_similarity(hidden[place], hidden[b], dim=0).item() for b in sorted(best)}
+                    merged.setdefault(max(alike, key=alike.get), []).append(place)
+            if stage.policy == "attention_merge":
+                means = {
+                    to: sum([hidden[p] for p in goes], hidden[to]) / (1 + len(goes)) for to, goes in merged.items()
+                }
+                hidden = [means.get(place, state) for place, state in enumerate(hidden)]
+            hidden = [state for place, state in enumerate(hidden) if place in stays]
+            columns = [column for place, column in enumerate(columns) if place in stays]
+            kept[index] = torch.tensor(columns)
+        hidden, asked = run(layer)
+    return model.lm_head(decoder.norm(torch.stack(hidden))), kept
+
+
 def kept_in_row(plan, prompt: Prompt, row: int, layers: list[int]) -> dict[int, torch.Tensor]:
     """Read from a plan which tokens of a row entered some layers, counted without padding."""
     valid = prompt.valid(row)

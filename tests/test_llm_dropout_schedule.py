@@ -48,7 +48,7 @@ def test_the_empty_schedule(spec):
         ([{"layer": 4, "policy": "uniform", "keep": "0.5"}], "keep '0.5'"),
         ([{"layer": 4, "policy": "uniform", "keep": True}], "keep True"),
         ([{"layer": 4.5, "policy": "uniform", "keep": 0.5}], "layer 4.5"),
-        (["uniform"], "cannot read stage 'uniform'"),
+        (["uniform"], "cannot read 'uniform'"),
         ({"layer": 4, "policy": "uniform", "keep": 0.5}, "cannot read schedule {'layer': 4"),
         (4, "cannot read schedule 4; write it as 'uniform@4:0.75'"),
         ("uniform@\u00b2:0.5", "is not a whole number"),

@@ -279,6 +279,7 @@ def test_attention_in_chunks_of_long_contexts_is_ignored_for_a_reason():
         ({"image_layout": "tiles"}, "image_layout is 'tiles', which no published system has; it must be 'mosaic'"),
         ({"projector_first": True}, "projector_first is True"),
         ({"drop_schedule": "random@4:0.5"}, "no published system can drop by 'random@4:0.5'"),
+        ({"drop_schedule": "fastv"}, "no published system can drop by 'attention@2:0.5:previous'"),
         ({"drop_schedule": "uniform@4:64"}, "no published system can drop by 'uniform@4:64'"),
         ({"drop_schedule": "attention@4:0.5,uniform@8:0.25"}, "no published system can drop"),
         ({"encoder": {"name": "umt", "tubelet_size": 2}}, "tubelet_size of the encoder is 2"),

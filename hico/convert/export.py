@@ -103,7 +103,11 @@ def _drop_keys(config: HicoConfig) -> dict[str, Any]:
     num_uniform = next((n for n, policy in enumerate(policies) if policy != "uniform"), len(policies))
     kinds = {0: "attention", 1: "uniform0_attention", 2: "uniform1_attention"}
     kind = "uniform" if num_uniform == len(policies) else kinds.get(num_uniform)
-    if kind is None or set(policies[num_uniform:]) - {"attention"} or any(type(s.keep) is not float for s in stages):
+    if (
+        kind is None
+        or set(policies[num_uniform:]) - {"attention"}
+        or any(type(stage.keep) is not float or stage.scores_from != "own" for stage in stages)
+    ):
         raise ValueError(
             f"no published system can drop by {config.drop_schedule!r}; they drop ratios, up to twice by 'uniform' "
             "and then by 'attention', or by 'uniform' alone"

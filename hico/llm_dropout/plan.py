@@ -19,6 +19,7 @@ from hico.compat import (
     sliding_window,
 )
 from hico.llm_dropout.cache import Held, await_update, check_layers, read_held
+from hico.llm_dropout.merging import average_into, find_targets
 from hico.llm_dropout.policies import DropPolicy
 from hico.llm_dropout.queries import IGNORED_LABEL, QUERY_ROWS
 from hico.llm_dropout.schedule import DropSchedule
@@ -53,6 +54,7 @@ class Segment:
         position_ids: ``(B or 1, N)`` without gaps.
         valid_BM: bool, True at real tokens, cached ones first; None if all are.
         gather_BN: positions of its tokens in the segment before, -1 at padding; None if nothing was dropped between.
+        into_BN: into which token of the segment before each of its tokens is averaged; None if none is.
         scores_BS: scores that the policy saw, by position in the call; None if it asked for none.
         layout: `hico.parallel.Layout` of its tokens, if several processes share them.
         memo: attention masks and rotary embeddings, by kind of layer.
@@ -63,6 +65,7 @@ class Segment:
     position_ids: Tensor
     valid_BM: Tensor | None
     gather_BN: Tensor | None = None
+    into_BN: Tensor | None = None
     scores_BS: Tensor | None = None
     layout: Any = None
     memo: dict[tuple, Any] = field(default_factory=dict)
@@ -111,7 +114,6 @@ class DropPlan:
         self._batch, self._length = inputs.shape[:2]
         self._device = inputs.device
         self._num_seen = cache.get_seq_length() if cache is not None else 0
-        self._segments: dict[int, Segment] = {}
         check_layers(cache)
         scaled_from = query_scale_start(decoder.config)
         if scaled_from is not None and rules.positions == "keep" and self._num_seen + self._length > scaled_from:
@@ -138,12 +140,14 @@ class DropPlan:
                 "be dropped from one sample per row only, so unpack the rows"
             )
         self._position_ids = position_ids
+        self._segments = {-1: self._segment(None, None)}
+        self._ranks: dict[int, tuple[Tensor, list[int]]] = {}
 
     # What callers read
 
     @property
     def layout(self) -> Any:
-        """`hico.parallel.Layout` of what left the last layer; None if nothing was dropped, or one process has all."""
+        """`hico.parallel.Layout` of what left the last layer; None if one process has all."""
         segment = self._segments.get(self._place(len(self._decoder.layers) - 1))
         return segment and segment.layout
 
@@ -209,18 +213,24 @@ class DropPlan:
         self.saw_cache |= cache is not None
         if layer.training and getattr(layer, "gradient_checkpointing", False):
             cache = None  # the layer will not fill it
+        if index == 0:
+            self._segments[-1].layout = given.get("sequence_layout")
         place = self._place(index)
-        if place < 0:
-            return hidden_states, given
         if place not in self._segments:
             self._check_given(layer, given)
             self._segments[place] = self._decide(place, layer, hidden_states, given, cache)
         segment = self._segments[place]
-        if index == self._layers[place]:
+        if index in self._layers:
+            if segment.into_BN is not None:
+                hidden_states = average_into(hidden_states, segment.into_BN)
             if segment.gather_BN is not None:
-                hidden_states = self._shorten(place, hidden_states, given)
+                hidden_states = self._shorten(place, hidden_states)
             if cache is not None:
                 await_update(cache, index, self._holds_next(segment))
+        if self._survivors is not None and place + 1 not in self._ranks:
+            following = self.rules.schedule.stages[place + 1 : place + 2]
+            if following and following[0].scoring_layer == index and self.rules.policies[place + 1].needs_scores:
+                self._ranks[place + 1] = self._rank(segment, index, layer, hidden_states, given, cache)
         if segment.is_whole:
             return hidden_states, given
         mask = None
@@ -228,17 +238,12 @@ class DropPlan:
             mask = self._mask(segment, index, hidden_states, cache, required=given["attention_mask"] is not None)
         return hidden_states, self._at_positions(segment, index, hidden_states, given) | {"attention_mask": mask}
 
-    def _shorten(self, place: int, hidden_states: Tensor, given: dict) -> Tensor:
-        segment, layout = self._segments[place], self._layout_before(place, given)
+    def _shorten(self, place: int, hidden_states: Tensor) -> Tensor:
+        segment, layout = self._segments[place], self._segments[place - 1].layout
         if layout is None:
             return gather_rows(hidden_states, segment.gather_BN)
         hidden_states, segment.layout = layout.move(hidden_states, segment.gather_BN)
         return hidden_states
-
-    def _layout_before(self, place: int, given: dict) -> Any:
-        """Return the layout of what enters a stage; None if one process has all of it."""
-        before = self._segments.get(place - 1)
-        return before.layout if before is not None and before.layout is not None else given.get("sequence_layout")
 
     def finish(self) -> None:
         """Forget masks and rotary embeddings, unless a backward pass may run the layers again."""
@@ -253,58 +258,67 @@ class DropPlan:
         self, place: int, layer: nn.Module, hidden_states: Tensor, given: dict, cache: Cache | None
     ) -> Segment:
         """Make the segment that starts at a stage."""
-        columns_BN = self._segments[place - 1].columns_BN if place > 0 else None
+        columns_BN = self._segments[place - 1].columns_BN
         segment = self._segment(columns_BN, self._held[place])  # what enters the layer, as its cache numbers it
+        segment.layout = self._segments[place - 1].layout
         if self._survivors is None:
             return segment
         stage, policy = self.rules.schedule.stages[place], self.rules.policies[place]
-        scores_BS, skip_rows = None, ()
-        if policy.needs_scores:
-            is_query_BN = self._query_rows(columns_BN)
-            num_queries = is_query_BN.sum(1).tolist()
-            skip_rows = [row for row, number in enumerate(num_queries) if number == 0]
-            query_index_BQ = pack_rows(is_query_BN, max(num_queries), pad_left=False)
-            segment.layout = self._layout_before(place, given)
-            scores_BS = self._score(segment, stage.layer, layer, hidden_states, query_index_BQ, given, cache)
+        if policy.needs_scores and place not in self._ranks:
+            self._ranks[place] = self._rank(segment, stage.layer, layer, hidden_states, given, cache)
+        scores_BS, skip_rows = self._ranks.get(place, (None, []))
         if self._survivors.drop(stage, policy, scores_BS=scores_BS, skip_rows=skip_rows):
             alive_BN = self._of(columns_BN, self._survivors.alive_BS)
             gather_BN = pack_rows(alive_BN, max(self._survivors.num_alive), pad_left=self._survivors.pad_left)
+            into_BN = None
+            if policy.merges and segment.layout is not None:
+                raise ValueError(
+                    f"{stage.policy!r} averages tokens of which every process has a part; use 'attention', or switch "
+                    "sequence parallelism off"
+                )
+            if policy.merges:
+                groups_BN = self._of(columns_BN, self._survivors.groups_BS)
+                into_BN = find_targets(policy, hidden_states, groups_BN, alive_BN)
             columns_BN = gather_BN if columns_BN is None else gather_rows(columns_BN, gather_BN, fill=-1)
             segment = self._segment(columns_BN, self._held[place])
-            segment.gather_BN = gather_BN
-        else:
-            segment.layout = None if place == 0 else self._segments[place - 1].layout
+            segment.gather_BN, segment.into_BN = gather_BN, into_BN
         segment.scores_BS = scores_BS
         return segment
 
-    def _score(
-        self,
-        segment: Segment,
-        index: int,
-        layer: nn.Module,
-        hidden_states: Tensor,
-        query_index_BQ: Tensor,
-        given: dict,
-        cache: Cache | None,
-    ) -> Tensor:
-        """Score the tokens of a segment by the layer that they enter, by their positions in the call."""
+    def _rank(
+        self, segment: Segment, index: int, layer: nn.Module, hidden_states: Tensor, given: dict, cache: Cache | None
+    ) -> tuple[Tensor, list[int]]:
+        """Score the tokens that enter a layer, ``(B, S)`` by their positions in the call; and list rows without query.
+
+        Args:
+            segment: the tokens.
+            index: of the layer.
+            layer: the layer.
+            hidden_states: ``(B, N, E)`` entering it.
+            given: what the decoder passes to it.
+            cache: of the call.
+        """
+        is_query_BN = self._query_rows(segment.columns_BN)
+        num_queries = is_query_BN.sum(1).tolist()
         if not segment.is_whole:
             given = self._at_positions(segment, index, hidden_states, given)
         scores_BN = score_tokens(
             layer,
             hidden_states,
             given,
-            query_index_BQ,
+            pack_rows(is_query_BN, max(num_queries), pad_left=False),
             key_mask_BM=segment.valid_BM,
             past_keys_BGMC=cache.layers[index].keys if self._num_seen else None,
             window=sliding_window(self._decoder.config, index),
             layout=segment.layout,
         ).to(self._device)
-        if segment.columns_BN is None:
-            return scores_BN
-        scores_BS = scores_BN.new_zeros(self._batch, self._length)
-        padding_BN = segment.columns_BN < 0
-        return scores_BS.scatter_add(1, segment.columns_BN.clamp(min=0), scores_BN.masked_fill(padding_BN, 0.0))
+        scores_BS = scores_BN
+        if segment.columns_BN is not None:
+            padding_BN = segment.columns_BN < 0
+            scores_BS = scores_BN.new_zeros(self._batch, self._length).scatter_add(
+                1, segment.columns_BN.clamp(min=0), scores_BN.masked_fill(padding_BN, 0.0)
+            )
+        return scores_BS, [row for row, number in enumerate(num_queries) if number == 0]
 
     def _query_rows(self, columns_BN: Tensor | None) -> Tensor:
         valid_BS, text_BS = self._survivors.valid_BS, ~self._survivors.visual_BS

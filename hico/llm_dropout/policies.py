@@ -1,11 +1,13 @@
-"""Which visual tokens stay: what every drop policy offers, and the four that come with the library."""
+"""Which visual tokens stay: what every drop policy offers, and the five that come with the library."""
 
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from hico.ops.dropping import random_keep_indices, top_keep_indices, uniform_keep_indices
+from hico.ops.merging import most_similar
 
 
 class DropPolicy(ABC):
@@ -13,6 +15,9 @@ class DropPolicy(ABC):
 
     needs_scores: bool = False
     """Whether `choose` wants the attention that the query rows pay to each token."""
+
+    merges: bool = False
+    """Whether tokens that go are averaged into those that stay, as `merge_into` says."""
 
     def num_keep(self, num_tokens: int, num_asked: int) -> int:
         """Say how many of ``num_tokens`` tokens `choose` will keep when the schedule asks for ``num_asked``."""
@@ -35,6 +40,19 @@ class DropPolicy(ABC):
             ``(num_keep,)`` int64 positions in ``[0, num_tokens)``, strictly increasing.
         """
 
+    def merge_into(self, tokens_ND: Tensor, kept_K: Tensor) -> Tensor:
+        """Say into which kept token each one is averaged: the one most like it by cosine, of equals the earlier.
+
+        Args:
+            tokens_ND: what enters the layer, the tokens that `choose` chose from.
+            kept_K: the positions that it chose, at least one.
+
+        Returns:
+            ``(N,)`` int64 positions in ``[0, K)``; those of kept tokens are not looked at.
+        """
+        units_ND = normalize(tokens_ND.to(torch.promote_types(tokens_ND.dtype, torch.float32)), dim=-1)
+        return most_similar(units_ND[None], units_ND[None, kept_K])[1][0]
+
 
 class UniformPolicy(DropPolicy):
     """Keep evenly spaced tokens: the shallow half of progressive visual dropout.
@@ -56,6 +74,15 @@ class AttentionPolicy(DropPolicy):
 
     def choose(self, num_tokens, num_keep, *, scores=None, generator=None) -> Tensor:
         return top_keep_indices(scores, num_keep)
+
+
+class AttentionMergePolicy(AttentionPolicy):
+    """Keep what gets most attention, and average every other token of the video or image into the most similar of it.
+
+    Source: Shao et al., "HoliTom", arXiv:2505.21334, inner-LLM merging.
+    """
+
+    merges = True
 
 
 class RandomPolicy(DropPolicy):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any
 
 from hico.registry import DROP_POLICIES
 
+SCORES_FROM = ("own", "previous")
 PUBLISHED_TYPES = {
     "uniform": ("uniform", 0),
     "attention": ("attention", 0),
@@ -17,6 +18,18 @@ PUBLISHED_TYPES = {
     "uniform1_attention": ("attention", 2),
 }
 """Published type -> policy, and how many stages are uniform before it takes over."""
+
+
+NAMED_SCHEDULES = {
+    "fastv": "attention@2:0.5:previous",
+    "pyramiddrop": "attention@8:0.5,attention@16:0.25,attention@24:0.125",
+    "videochat_flash": "uniform@4:0.75,attention@18:0.25",
+}
+"""Name of a published method -> its schedule, with the layers and ratios of its paper.
+
+Source: Chen et al., "FastV", arXiv:2403.06764; Xing et al., "PyramidDrop", arXiv:2410.17247; Li et al.,
+"VideoChat-Flash", arXiv:2501.00574, Table 7.
+"""
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,8 @@ class DropStage:
         policy: name of a drop policy.
         keep: float, ratio of the original visual tokens in (0, 1], rounded down but to no less than one token of each
             video or image; or int, tokens per row that all its videos and images share.
+        scores_from: whose attention ranks, if the policy asks for scores: "own" (of ``layer``, on what enters it) or
+            "previous" (of the layer before, on what entered that one).
 
     Raises:
         ValueError: if one of them cannot be; the message names it.
@@ -36,6 +51,7 @@ class DropStage:
     layer: int
     policy: str
     keep: float | int
+    scores_from: str = "own"
 
     def __post_init__(self):
         if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
@@ -44,17 +60,26 @@ class DropStage:
             raise ValueError(
                 f"{self} drops before layer 0, which builds the masks and positions of all others; start at layer 1"
             )
-        if not isinstance(self.policy, str) or self.policy not in DROP_POLICIES:
-            DROP_POLICIES.get(self.policy if isinstance(self.policy, str) else repr(self.policy))
+        policy = DROP_POLICIES.get(self.policy if isinstance(self.policy, str) else repr(self.policy))
         if isinstance(self.keep, bool) or not isinstance(self.keep, int | float):
             raise ValueError(f"keep {self.keep!r} of {self} is neither a ratio like 0.25 nor a whole number of tokens")
         if isinstance(self.keep, float) and not 0 < self.keep <= 1:
             raise ValueError(f"{self} keeps the ratio {self.keep}; give one above 0 and at most 1")
         if isinstance(self.keep, int) and self.keep < 1:
             raise ValueError(f"{self} keeps {self.keep} tokens; give at least 1, or a ratio above 0")
+        if self.scores_from not in SCORES_FROM:
+            raise ValueError(f"{self} takes scores from {self.scores_from!r}; choose one of {', '.join(SCORES_FROM)}")
+        if self.scores_from != "own" and not policy.needs_scores:
+            raise ValueError(f"{self} takes scores from another layer, and {self.policy!r} asks for none")
+
+    @property
+    def scoring_layer(self) -> int:
+        """The layer whose attention ranks."""
+        return self.layer - 1 if self.scores_from == "previous" else self.layer
 
     def __str__(self) -> str:
-        return f"{self.policy}@{self.layer}:{self.keep}"
+        scores_from = "" if self.scores_from == "own" else f":{self.scores_from}"
+        return f"{self.policy}@{self.layer}:{self.keep}{scores_from}"
 
 
 @dataclass(frozen=True)
@@ -81,13 +106,17 @@ class DropSchedule:
                 )
 
     @classmethod
-    def parse(cls, spec: str | Sequence[Mapping[str, Any]] | DropSchedule | None) -> DropSchedule:
+    def parse(cls, spec: str | Sequence[str | Mapping[str, Any]] | DropSchedule | None) -> DropSchedule:
         """Read a schedule.
 
         Args:
-            spec: ``"uniform@4:0.75,attention@18:0.25"``, where ``0.25`` is a ratio and ``64`` a number of tokens; or
-                a list of ``{"layer": 4, "policy": "uniform", "keep": 0.75}``; or a schedule, returned as it is.
-                ``None``, ``"none"``, an empty string and an empty list are the empty schedule.
+            spec: ``"uniform@4:0.75,attention@18:0.25"``, where ``0.25`` is a ratio and ``64`` a number of tokens, and
+                ``attention@2:0.5:previous`` takes its scores from the layer before; or a list of the same stages, as
+                text or as ``{"layer": 4, "policy": "uniform", "keep": 0.75}``; or a schedule, returned as it is. In
+                place of a stage stands the name of a published method (`NAMED_SCHEDULES`), alone or with layers and
+                amounts of its own, divided by slashes: ``"fastv"``, ``"fastv@3:0.25"``,
+                ``"pyramiddrop@7/14/21:0.5/0.25/0.125"``. ``None``, ``"none"``, an empty string and an empty list are
+                the empty schedule.
 
         Raises:
             ValueError: naming the part that cannot be read, or what `DropStage` and `DropSchedule` object to.
@@ -96,13 +125,12 @@ class DropSchedule:
             return spec
         if spec is None or spec in ("", "none"):
             return cls()
-        if isinstance(spec, str):
-            return cls(tuple(_parse_stage(part.strip()) for part in spec.split(",")))
         if not isinstance(spec, Sequence):
             raise ValueError(
                 f"cannot read schedule {spec!r}; write it as 'uniform@4:0.75', or as a list of layer, policy and keep"
             )
-        return cls(tuple(_build_stage(part) for part in spec))
+        parts = spec.split(",") if isinstance(spec, str) else spec
+        return cls(tuple(stage for part in parts for stage in _read_stages(part)))
 
     @classmethod
     def from_published(
@@ -163,7 +191,10 @@ class DropSchedule:
 
     def to_list(self) -> list[dict[str, Any]]:
         """Return the stages as a config stores them; `parse` reads them back."""
-        return [asdict(stage) for stage in self.stages]
+        return [
+            {name: value for name, value in asdict(stage).items() if (name, value) != ("scores_from", "own")}
+            for stage in self.stages
+        ]
 
     def __str__(self) -> str:
         return ",".join(map(str, self.stages)) or "none"
@@ -179,30 +210,55 @@ def _numbers(name: str, values: Any) -> list[float]:
     return list(values)
 
 
-def _parse_stage(text: str) -> DropStage:
-    policy, at, rest = text.partition("@")
-    layer, colon, keep = rest.partition(":")
-    if not (at and colon):
-        raise ValueError(f"cannot read {text!r}; write policy@layer:keep, as in 'uniform@4:0.75'")
-    if not layer.strip().isdecimal():
-        raise ValueError(f"layer {layer!r} of {text!r} is not a whole number")
-    return DropStage(int(layer), policy.strip(), _parse_keep(keep.strip(), text))
+def _read_stages(part: str | Mapping[str, Any] | DropStage) -> Iterable[DropStage]:
+    """Read one part of a schedule: a stage, or all those of a named one."""
+    if isinstance(part, DropStage):
+        return [part]
+    settings = _read_text(part.strip()) if isinstance(part, str) else part
+    names = {field.name for field in fields(DropStage)}
+    if isinstance(settings, Mapping) and str(settings.get("policy")) in NAMED_SCHEDULES:
+        if set(settings) <= names - {"scores_from"}:
+            return _expand(**settings)
+    elif isinstance(settings, Mapping) and names - {"scores_from"} <= set(settings) <= names:
+        return [DropStage(**settings)]
+    raise ValueError(
+        f"cannot read {part!r}; write policy@layer:keep, as in 'uniform@4:0.75', give exactly layer, policy and keep "
+        f"(and scores_from), or name one of {', '.join(NAMED_SCHEDULES)}"
+    )
 
 
-def _parse_keep(keep: str, text: str) -> float | int:
-    if keep.isdecimal():
-        return int(keep)
+def _expand(policy: str, **given: Any) -> Iterable[DropStage]:
+    """List the stages of a named schedule, with other layers and amounts where they are given."""
+    stages = DropSchedule.parse(NAMED_SCHEDULES[policy]).stages
+    for name, values in given.items():
+        values = values if isinstance(values, list) else [values]
+        if len(values) != len(stages):
+            raise ValueError(f"{policy} drops {len(stages)} times, and {name} is {values}; give one for each, or none")
+        stages = [replace(stage, **{name: value}) for stage, value in zip(stages, values, strict=True)]
+    return stages
+
+
+def _read_text(text: str) -> dict[str, Any]:
+    """Take ``policy@layer:keep:scores_from`` apart; what is not there is left out."""
+    policy, *rest = (part.strip() for part in text.replace("@", ":", 1).split(":"))
+    settings: dict[str, Any] = {"policy": policy}
+    for name, part in zip(("layer", "keep", "scores_from", "too many colons"), rest, strict=False):
+        if name in ("layer", "keep"):
+            values = [_read_number(name, value.strip(), text) for value in part.split("/")]
+            settings[name] = values if len(values) > 1 else values[0]
+        else:
+            settings[name] = part
+    return settings
+
+
+def _read_number(name: str, value: str, text: str) -> float | int:
+    if value.isdecimal():
+        return int(value)
+    if name == "layer":
+        raise ValueError(f"layer {value!r} of {text!r} is not a whole number")
     try:
-        return float(keep)
+        return float(value)
     except ValueError as error:
         raise ValueError(
-            f"keep {keep!r} of {text!r} is neither a ratio like 0.25 nor a whole number of tokens"
+            f"keep {value!r} of {text!r} is neither a ratio like 0.25 nor a whole number of tokens"
         ) from error
-
-
-def _build_stage(settings: Mapping[str, Any] | DropStage) -> DropStage:
-    if isinstance(settings, DropStage):
-        return settings
-    if not isinstance(settings, Mapping) or set(settings) != {"layer", "policy", "keep"}:
-        raise ValueError(f"cannot read stage {settings!r}; give exactly layer, policy and keep")
-    return DropStage(**settings)

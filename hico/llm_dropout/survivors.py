@@ -65,6 +65,7 @@ class Survivors:
         ids_cpu = torch.where(valid_cpu, span_ids_BS.cpu(), -1)
         if scope == "row":
             ids_cpu = ids_cpu.clamp(max=1)
+        self.groups_BS = ids_cpu.to(valid_BS.device)
         self.rows = [_groups(ids_S, seed, valid_BS.device) for ids_S in ids_cpu]
 
     @property

@@ -230,7 +230,7 @@ def _merge_in_rounds(sums_NLC: Tensor, num_keep: int) -> Tensor:
 def _match(sums_NLC: Tensor, num_merge: int) -> Tensor:
     units_NLC = _units(sums_NLC)
     sources, targets = units_NLC[:, 0::2], units_NLC[:, 1::2]
-    best, target = _most_similar(sources, targets)
+    best, target = most_similar(sources, targets)
 
     num_left = sources.shape[1] - num_merge
     rank = best.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
@@ -240,8 +240,12 @@ def _match(sums_NLC: Tensor, num_merge: int) -> Tensor:
     return step_NL
 
 
-def _most_similar(sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the highest dot product of each source, and the target it is with (the first one of equals)."""
+def most_similar(sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the highest dot product of each source ``(N, L, C)`` with targets ``(N, K, C)``, in blocks.
+
+    Returns:
+        ``(N, L)``: that product, and the target it is with, the first one of equals.
+    """
     num_rows, num_sources, _ = sources.shape
     num_targets = targets.shape[1]
     sources_at_once = min(num_sources, max(1, _max_similarities(sources) // max(1, num_rows * num_targets)))
