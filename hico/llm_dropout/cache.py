@@ -17,7 +17,7 @@ class Held:
         real_BM: bool, one for each cached token: False where a row is padded.
         dropped_B: tokens of each row that are missing.
         num_seen: tokens seen so far, dropped and padded ones included.
-        padded: whether there is a False.
+        padded: whether there may be a False.
     """
 
     real_BM: Tensor
@@ -96,14 +96,14 @@ def check_layers(cache: Cache | None) -> None:
         _short_type(cache, layer)
 
 
-def read_held(cache: Cache | None, stage_layers: list[int], num_layers: int, mask: Tensor | None) -> list[Held | None]:
+def read_held(cache: Cache | None, stage_layers: list[int], num_layers: int, valid_BM: Tensor) -> list[Held | None]:
     """Read what the layers hold at which a schedule drops.
 
     Args:
         cache: empty or filled, or None.
         stage_layers: those layers.
         num_layers: of the decoder.
-        mask: bool ``(B, seen + S)``, False at padding, or None.
+        valid_BM: bool ``(B, seen + S)``, False at padding.
 
     Returns:
         One entry per stage; None where all tokens are held.
@@ -131,9 +131,7 @@ def read_held(cache: Cache | None, stage_layers: list[int], num_layers: int, mas
                     f"some at layer {index}; cut off later tokens only, or start a new cache"
                 )
             if held is not None:
-                shape = len(held.real_BM), num_seen - held.num_seen
-                more = torch.ones(shape, dtype=torch.bool, device=held.real_BM.device)
-                held = held.extend(more if mask is None else mask[:, held.num_seen : num_seen].to(more.device))
+                held = held.extend(valid_BM[:, held.num_seen : num_seen].to(held.real_BM.device))
             expected = num_seen if held is None else held.real_BM.shape[1]
             found.append(held)
         if cache.get_seq_length(index) != expected:

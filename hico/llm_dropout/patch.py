@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -110,17 +111,15 @@ def find_handle(decoder: nn.Module) -> DropHandle | None:
     return next((owner for owner in owners if isinstance(owner, DropHandle)), None)
 
 
+@dataclass
 class _Request:
     """What a causal LM asks of its decoder, and the plan that comes back."""
 
-    def __init__(
-        self, visual_mask: Tensor | None, labels: Tensor | None, attention_mask: Any, logits_to_keep: Any = 0
-    ):
-        self.visual_mask = visual_mask
-        self.labels = labels
-        self.attention_mask = attention_mask
-        self.logits_to_keep = logits_to_keep
-        self.plan: DropPlan | None = None
+    visual_mask: Tensor | None
+    labels: Tensor | None
+    attention_mask: Any
+    logits_to_keep: Any = 0
+    plan: DropPlan | None = None
 
 
 class DropHandle:

@@ -52,7 +52,8 @@ class Segment:
         columns_BN: positions of its tokens in the call, -1 at padding; None if it has all of them.
         held: what its cache layers held before the call; None if everything.
         position_ids: ``(B or 1, N)`` without gaps.
-        valid_BM: bool, True at real tokens, cached ones first; None if all are.
+        valid_BM: bool, True at real tokens, cached ones first.
+        padded: whether there may be a False.
         gather_BN: positions of its tokens in the segment before, -1 at padding; None if nothing was dropped between.
         into_BN: into which token of the segment before each of its tokens is averaged; None if none is.
         scores_BS: scores that the policy saw, by position in the call; None if it asked for none.
@@ -63,7 +64,8 @@ class Segment:
     columns_BN: Tensor | None
     held: Held | None
     position_ids: Tensor
-    valid_BM: Tensor | None
+    valid_BM: Tensor
+    padded: bool
     gather_BN: Tensor | None = None
     into_BN: Tensor | None = None
     scores_BS: Tensor | None = None
@@ -122,9 +124,11 @@ class DropPlan:
                 f"scales queries by their position beyond {scaled_from} tokens, which positions='keep' would number "
                 "otherwise than their rotary embedding; use positions='renumber'",
             )
-        self._attention_mask = self._check_mask(attention_mask)
+        self._is_masked = attention_mask is not None
+        self._valid_BM = self._read_mask(attention_mask)
+        self._valid_BS = self._valid_BM[:, self._num_seen :]
         self._layers = [stage.layer for stage in rules.schedule.stages]
-        self._held = read_held(cache, self._layers, len(decoder.layers), self._attention_mask)
+        self._held = read_held(cache, self._layers, len(decoder.layers), self._valid_BM)
         self._answer_BS = None
         self._survivors = None if visual_mask is None else self._find_survivors(visual_mask, labels)
         if position_ids is not None and position_ids.ndim != 2:
@@ -183,10 +187,7 @@ class DropPlan:
 
     def valid_at(self, layer: int) -> Tensor:
         """``(B, N)`` bool: which tokens that a layer works on are real, and not padding."""
-        kept_BN = self.kept_at(layer)
-        if self._attention_mask is None:
-            return kept_BN >= 0
-        return gather_rows(self._attention_mask[:, self._num_seen :], kept_BN, fill=False)
+        return gather_rows(self._valid_BS, self.kept_at(layer), fill=False)
 
     # What the hooks call
 
@@ -329,44 +330,25 @@ class DropPlan:
 
     def _segment(self, columns_BN: Tensor | None, held: Held | None) -> Segment:
         """Number tokens without gaps behind what the cache holds, and mark the real ones among both."""
-        position_ids = self._position_ids
+        past_BP, padded, position_ids = self._valid_BM[:, : self._num_seen], self._is_masked, self._position_ids
         if held is not None:
+            past_BP, padded = held.real_BM, padded or held.padded
             position_ids = position_ids - held.dropped_B[:, None]
         if columns_BN is not None:
+            padded |= self._is_padded
             dropped_BS = self._survivors.dropped_BS.int()
             position_ids = gather_rows(position_ids - (dropped_BS.cumsum(1) - dropped_BS), columns_BN)
-        valid_BM = None
-        padded = columns_BN is not None and self._is_padded
-        if self._attention_mask is not None or padded or (held is not None and held.padded):
-            valid_BM = torch.cat([self._real_past(held), self._real(columns_BN)], 1)
-        return Segment(columns_BN, held, position_ids, valid_BM)
-
-    def _real(self, columns_BN: Tensor | None) -> Tensor:
-        shape = self._batch, self._length
-        valid_BS = torch.ones(shape, dtype=torch.bool, device=self._device)
-        if self._attention_mask is not None:
-            valid_BS = self._attention_mask[:, self._num_seen :]
-        return self._of(columns_BN, valid_BS)
-
-    def _real_past(self, held: Held | None) -> Tensor:
-        if held is not None:
-            return held.real_BM
-        if self._attention_mask is not None:
-            return self._attention_mask[:, : self._num_seen]
-        return torch.ones(self._batch, self._num_seen, dtype=torch.bool, device=self._device)
+        valid_BM = torch.cat([past_BP, self._of(columns_BN, self._valid_BS)], 1)
+        return Segment(columns_BN, held, position_ids, valid_BM, padded)
 
     def _holds_next(self, segment: Segment) -> Held | None:
         """Say what the cache layers hold after the call; None if that need not be remembered anew."""
-        columns_BN, held = segment.columns_BN, segment.held
-        if columns_BN is None:
+        if segment.columns_BN is None:
             return None
         dropped_B = self._survivors.dropped_BS.sum(1)
-        return Held(
-            real_BM=torch.cat([self._real_past(held), self._real(columns_BN)], 1),
-            dropped_B=dropped_B if held is None else dropped_B + held.dropped_B,
-            num_seen=self._num_seen + self._length,
-            padded=self._is_padded or (held is not None and held.padded),
-        )
+        if segment.held is not None:
+            dropped_B = dropped_B + segment.held.dropped_B
+        return Held(segment.valid_BM, dropped_B, self._num_seen + self._length, segment.padded)
 
     def _at_positions(self, segment: Segment, index: int, hidden_states: Tensor, given: dict) -> dict:
         """Replace the positions that the decoder hands to a layer by those of a segment."""
@@ -401,8 +383,9 @@ class DropPlan:
             )
         kind = "mask", window
         if kind not in segment.memo:
+            valid_BM = segment.valid_BM if segment.padded else None
             segment.memo[kind] = causal_mask(
-                self._decoder.config, hidden_states, segment.valid_BM, cache, index, required=required
+                self._decoder.config, hidden_states, valid_BM, cache, index, required=required
             )
         return segment.memo[kind]
 
@@ -434,17 +417,18 @@ class DropPlan:
                     "the prompt in one piece (no prefill_chunk_size), with one entry per token"
                 )
         spans_BS = span_ids(visual_mask).to(self._device)
-        valid_BS = self._real(None)
+        valid_BS = self._valid_BS
         if labels is not None or (spans_BS < 0).any():
             self._answer_BS = valid_BS & (spans_BS < 0)
             if labels is not None:
                 self._answer_BS |= valid_BS & (labels.to(self._device) != IGNORED_LABEL)
         return Survivors(spans_BS, valid_BS, scope=self.rules.scope, seed=self.rules.seed)
 
-    def _check_mask(self, attention_mask: Any) -> Tensor | None:
+    def _read_mask(self, attention_mask: Any) -> Tensor:
+        """Return ``(B, seen + S)`` bool, True at real tokens."""
         expected = (self._batch, self._num_seen + self._length)
         if attention_mask is None:
-            return None
+            return torch.ones(expected, dtype=torch.bool, device=self._device)
         if not isinstance(attention_mask, Tensor) or tuple(attention_mask.shape) != expected:
             seen = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
             raise ValueError(

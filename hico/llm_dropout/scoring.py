@@ -18,7 +18,7 @@ def score_tokens(
     kwargs: dict[str, Any],
     query_index_BQ: Tensor,
     *,
-    key_mask_BM: Tensor | None,
+    key_mask_BM: Tensor,
     past_keys_BGMC: Tensor | None,
     window: int | None,
     layout: Any = None,
@@ -33,7 +33,7 @@ def score_tokens(
         hidden_states: ``(B, N, E)`` entering it.
         kwargs: what the decoder passes to it, with positions of these N tokens.
         query_index_BQ: query rows among the N tokens, -1 where a row has fewer.
-        key_mask_BM: bool, cached tokens first, False at padding; None if there is none.
+        key_mask_BM: bool, cached tokens first, False at padding.
         past_keys_BGMC: keys that the layer has cached; None if there are none.
         window: how many tokens the layer sees; all if None.
         layout: `hico.parallel.Layout` of the N tokens, if hidden states and positions are the part of one process.
@@ -63,7 +63,7 @@ def score_tokens(
         scaling=call.scaling,
         softcap=call.softcap,
         sinks_A=call.sinks,
-        key_mask_BN=None if key_mask_BM is None else key_mask_BM[:, -keys.shape[2] :].to(device),
+        key_mask_BN=key_mask_BM[:, -keys.shape[2] :].to(device),
         window=window,
         **parts,
     )
