@@ -18,7 +18,7 @@ from hico.llm_dropout import patch
 from hico.llm_dropout.scoring import score_tokens
 from hico.rotary import keep_rotary_in_float32
 
-SCHEDULES = ("none", "uniform@2:0.5", "attention@2:0.5", "fastv", "attention_merge@2:0.5", "videochat_flash")
+SCHEDULES = ("none", "uniform@2:0.5", "attention@2:0.5", "fastv", "attention_merge@2:0.5")
 
 
 def score_by_the_map(layer, hidden_states, kwargs, query_index_BQ, *, window, **unused):
@@ -56,11 +56,14 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", help="size of the LLM, as HicoConfig.preset names it; a narrow one if omitted")
+    parser.add_argument("--layers", type=int, default=4, help="of the LLM (%(default)s)")
     parser.add_argument("--visual-tokens", type=int, nargs="+", default=[2048, 4096])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
     config = HicoConfig.preset(args.preset).text_config if args.preset else Qwen2Config(**NARROW)
+    config.num_hidden_layers = args.layers
+    config.layer_types = config.layer_types[: args.layers]
     with torch.device(args.device):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype), attn_implementation="sdpa")
     keep_rotary_in_float32(model.eval())
@@ -73,7 +76,7 @@ def main() -> None:
             rise, kept = measure(model, schedule, num_visual, writes_map=False)
             base = base or rise
             cells = [num_visual, schedule, f"{rise / 2**20:.0f}", f"{rise / base:.2f}"]
-            if schedule.startswith(("attention", "fastv", "videochat")):
+            if schedule.startswith(("attention", "fastv")):
                 with_map, kept_by_map = measure(model, schedule, num_visual, writes_map=True)
                 alike = len({*kept} & {*kept_by_map}) / len(kept)
                 cells += [f"{with_map / 2**20:.0f}", f"{with_map / base:.2f}", f"{alike:.1%}"]

@@ -153,9 +153,11 @@ def causal_mask(
 # Decoders
 
 
-def uncompiled(module: nn.Module) -> nn.Module:
-    """Return what `torch.compile` wrapped, or the module itself."""
-    return getattr(module, "_orig_mod", module)
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return what `torch.compile` or torch's activation checkpointing wrapped, or the module itself."""
+    for name in ("_checkpoint_wrapped_module", "_orig_mod"):
+        module = getattr(module, name, module)
+    return module
 
 
 def sliding_window(config: Any, layer: int) -> int | None:
@@ -179,7 +181,7 @@ def check_decoder(decoder: nn.Module) -> None:
         UnsupportedDecoder: naming what is in the way.
     """
     config, num_layers = decoder.config, len(decoder.layers)
-    for layer_type in {type(uncompiled(layer)) for layer in decoder.layers}:
+    for layer_type in {type(unwrapped(layer)) for layer in decoder.layers}:
         names = set(inspect.signature(layer_type.forward).parameters) - {"self"}
         if others := sorted(names - LAYER_ARGUMENTS):
             raise UnsupportedDecoder(layer_type, f"takes {', '.join(others)}, which dropping does not know to shorten")
@@ -324,7 +326,7 @@ def _stopping_copy(module: nn.Module) -> nn.Module:
 
     Hooks of the copied ones are left out, but for accelerate's, which stand in for ``forward`` and move tensors.
     """
-    module = uncompiled(module)
+    module = unwrapped(module)
     children = {name: child if child is None else _stopping_copy(child) for name, child in module._modules.items()}
     has_config = hasattr(vars(module).get("config"), "_attn_implementation")
     if not has_config and all(child is module._modules[name] for name, child in children.items()):

@@ -1,6 +1,7 @@
 """Loss and gradients while tokens are dropped, and what that costs."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from dropout_reference import (
     stage_layers,
     written_out,
 )
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from hico.llm_dropout import patch
 
@@ -74,6 +77,24 @@ def test_gradient_checkpointing_changes_nothing(schedule, reentrant):
         grads.append([loss.detach(), embeds.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
     for plain, checkpointed in zip(*grads, strict=True):
         assert torch.equal(plain, checkpointed)
+
+
+@pytest.mark.parametrize("patched_first", [True, False])
+def test_wrapping_layers_in_checkpoints_changes_nothing(patched_first):
+    batch, labels = training_batch("right")
+    grads = []
+    for wraps in (False, True):
+        model = build().train()
+        steps = [lambda m: patch(m, "attention@1:0.5,attention_merge@2:0.25:previous")]
+        if wraps:
+            steps.append(partial(apply_activation_checkpointing, check_fn=lambda m: isinstance(m, Qwen2DecoderLayer)))
+        for step in steps if patched_first else reversed(steps):
+            step(model)
+        embeds = batch.inputs_embeds.clone().requires_grad_()
+        model(**{**batch.inputs, "inputs_embeds": embeds}, labels=labels, use_cache=False).loss.backward()
+        grads.append([embeds.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for plain, wrapped in zip(*grads, strict=True):
+        assert torch.equal(plain, wrapped)
 
 
 def test_loss_options_of_transformers_work():

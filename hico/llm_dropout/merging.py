@@ -19,6 +19,7 @@ def find_targets(policy: DropPolicy, hidden_BNE: Tensor, groups_BN: Tensor, kept
     Returns:
         ``(B, N)`` int64 positions: its own for a token that stays; None if all do.
     """
+    groups_BN, kept_BN = groups_BN.to(hidden_BNE.device), kept_BN.to(hidden_BNE.device)
     goes_BN = ~kept_BN & (groups_BN > 0)
     if not goes_BN.any():
         return None

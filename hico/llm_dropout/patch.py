@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from hico.compat import UnsupportedDecoder, arguments, check_decoder, find_cache, replace_loss_function, uncompiled
+from hico.compat import UnsupportedDecoder, arguments, check_decoder, find_cache, replace_loss_function, unwrapped
 from hico.llm_dropout.cache import holds_less
 from hico.llm_dropout.plan import POSITIONS, DropPlan, DropRules
 from hico.llm_dropout.queries import QUERY_ROWS
@@ -90,11 +90,11 @@ def find_decoder(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
     Raises:
         ValueError: if there is none.
     """
-    holder, module = None, uncompiled(model)
+    holder, module = None, unwrapped(model)
     while module is not None and not isinstance(getattr(module, "layers", None), nn.ModuleList):
         inner = getattr(module, "language_model", None) or getattr(module, "model", None)
         inner = inner or getattr(module, getattr(module, "base_model_prefix", "") or "model", None)
-        holder, module = module, inner and uncompiled(inner)
+        holder, module = module, inner and unwrapped(inner)
     if module is None or not hasattr(module, "rotary_emb"):
         raise UnsupportedDecoder(
             model,

@@ -228,10 +228,9 @@ class DropPlan:
                 hidden_states = self._shorten(place, hidden_states)
             if cache is not None:
                 await_update(cache, index, self._holds_next(segment))
-        if self._survivors is not None and place + 1 not in self._ranks:
-            following = self.rules.schedule.stages[place + 1 : place + 2]
-            if following and following[0].scoring_layer == index and self.rules.policies[place + 1].needs_scores:
-                self._ranks[place + 1] = self._rank(segment, index, layer, hidden_states, given, cache)
+        ranks_next = [stage.scoring_layer for stage in self.rules.schedule.stages[place + 1 : place + 2]] == [index]
+        if ranks_next and self._survivors is not None and place + 1 not in self._ranks:
+            self._ranks[place + 1] = self._rank(segment, index, layer, hidden_states, given, cache)
         if segment.is_whole:
             return hidden_states, given
         mask = None
