@@ -117,6 +117,10 @@ def test_calls_that_do_not_fit_are_refused():
         )
     with pytest.raises(ValueError, match=r"position_ids has shape \(3, 2, 19\), with more than one position"):
         model(**batch.inputs, position_ids=torch.arange(19).expand(3, 2, -1))
+    merging = build()
+    patch(merging, "attention_merge@1:0.5")
+    with pytest.raises(ValueError, match="every process has a part"):
+        merging(**batch.inputs, sequence_layout=object())
     with pytest.raises(ValueError, match="expected 0 for text"):
         model(**{**batch.inputs, "visual_mask": -2 * batch.visual_mask})
 

@@ -14,6 +14,7 @@ CASES = {
         "packed_ulysses": Case(batch="text", settings={"lengths": (9, 1, 17, 5)}),
         "uniform": Case(heads=(7, 1), drop="uniform@1:0.6,uniform@2:0.2", settings=LONG),
         "attention": Case(ulysses=1, drop="attention@1:0.6,attention@2:0.2", settings=LONG),
+        "layer_before": Case(heads=(4, 2), drop="fastv@1:0.6,attention@2:0.2:previous", settings=LONG),
     },
     4: {
         "ring": Case(heads=(7, 1), checkpointing=True),

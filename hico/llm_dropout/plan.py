@@ -264,6 +264,11 @@ class DropPlan:
         if self._survivors is None:
             return segment
         stage, policy = self.rules.schedule.stages[place], self.rules.policies[place]
+        if policy.merges and segment.layout is not None:
+            raise ValueError(
+                f"{stage.policy!r} averages tokens of which every process has a part; use 'attention', or switch "
+                "sequence parallelism off"
+            )
         if policy.needs_scores and place not in self._ranks:
             self._ranks[place] = self._rank(segment, stage.layer, layer, hidden_states, given, cache)
         scores_BS, skip_rows = self._ranks.get(place, (None, []))
@@ -271,11 +276,6 @@ class DropPlan:
             alive_BN = self._of(columns_BN, self._survivors.alive_BS)
             gather_BN = pack_rows(alive_BN, max(self._survivors.num_alive), pad_left=self._survivors.pad_left)
             into_BN = None
-            if policy.merges and segment.layout is not None:
-                raise ValueError(
-                    f"{stage.policy!r} averages tokens of which every process has a part; use 'attention', or switch "
-                    "sequence parallelism off"
-                )
             if policy.merges:
                 groups_BN = self._of(columns_BN, self._survivors.groups_BS)
                 into_BN = find_targets(policy, hidden_states, groups_BN, alive_BN)
