@@ -29,8 +29,8 @@ def cached(kind: str, content: Sequence[str], make: Callable[[], dict[str, np.nd
         make: makes it; in one process at a time, and without asking this cache.
     """
     key = hashlib.sha256("\n".join([kind, _version(), *content]).encode()).hexdigest()
-    path = Path(os.environ.get("HICO_CACHE", "~/.cache/hico")).expanduser() / f"{kind}-{key}.npz"
-    with _turn(path):
+    path = cache_folder() / f"{kind}-{key}.npz"
+    with taking_turns(path.parent / f"{path.stem[-2:]}.lock"):
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return dict(arrays)
@@ -50,15 +50,20 @@ def cached(kind: str, content: Sequence[str], make: Callable[[], dict[str, np.nd
     return arrays
 
 
+def cache_folder() -> Path:
+    """Return the folder of the cache: ``HICO_CACHE``, or else ``~/.cache/hico``."""
+    return Path(os.environ.get("HICO_CACHE", "~/.cache/hico")).expanduser()
+
+
 @contextmanager
-def _turn(path: Path) -> Iterator[None]:
+def taking_turns(lock: Path) -> Iterator[None]:
     """Let the processes of a run, which all want the same, wait for the first one to make it."""
     with ExitStack() as stack:
         with suppress(OSError, ImportError):  # no place to write, no locks there, or no Unix
             from fcntl import LOCK_EX, flock
 
-            path.parent.mkdir(parents=True, exist_ok=True)
-            flock(stack.enter_context(open(path.parent / f"{path.stem[-2:]}.lock", "w")), LOCK_EX)
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            flock(stack.enter_context(open(lock, "w")), LOCK_EX)
         yield
 
 

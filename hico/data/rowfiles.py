@@ -148,6 +148,33 @@ class RowFile:
         return np.array(spans, dtype=np.int64).reshape(-1, 3)
 
 
+class TextFile:
+    """A file of plain text, which is one row.
+
+    Args:
+        path: the file, in UTF-8.
+    """
+
+    source = RowFile.source
+
+    def __init__(self, path: str | Path):
+        self.path = str(path)
+        self.sha256 = file_sha256(self.path)
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            return {"text": Path(self.path).read_bytes().decode()}
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.path} is not UTF-8 text: {error}") from error
+
+    def where(self, index: int) -> str:
+        """Return the path."""
+        return self.path
+
+
 def parse_json_row(text: bytes, where: str) -> dict[str, Any]:
     """Parse a row.
 

@@ -24,7 +24,7 @@ class DatasetSpec:
 
     json_path: str
     """A ``.json``, ``.jsonl``, ``.tar`` or ``.parquet`` file, or a folder that `datasets` saved; ``*`` and
-    ``{000..012}`` stand for several."""
+    ``{000..012}`` stand for several. For ``objective: text`` also ``.txt`` and ``.md``, a document each."""
     data_root: str = ""
     """Folder that the rows' file names are relative to."""
     sampling_strategy: str = "all"
@@ -41,6 +41,10 @@ class DatasetSpec:
     """Frames per second of folders of frames; 1 if omitted."""
     name: str | None = None
     """How logs call it; the file's name if omitted."""
+    text_key: str = "text"
+    """For ``objective: text``: where a row has its text; ``a.b`` is the key ``b`` in the mapping of key ``a``."""
+    domain_key: str | None = None
+    """For ``objective: text``: where a row says its domain, in the same form; a dataset is one domain if omitted."""
 
     @property
     def video_settings(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from hico.data.rowfiles import RowFile, RowFiles, ShardMember, file_sha256, parse_json_row
+from hico.data.rowfiles import RowFile, RowFiles, ShardMember, TextFile, file_sha256, parse_json_row
 
 
 class Shard:
@@ -130,6 +130,8 @@ def open_rows(path: str) -> RowFiles:
     """Open a file of rows by the end of its name, or a folder that `datasets` saved."""
     if path.endswith(".tar"):
         return Shard(path)
+    if path.endswith((".txt", ".md")):
+        return TextFile(path)
     return Table(path) if path.endswith(".parquet") or Path(path).is_dir() else RowFile(path)
 
 

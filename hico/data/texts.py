@@ -1,0 +1,131 @@
+"""Documents: files of plain text, and rows with a text, of several domains."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hico.data.rowfiles import RowFiles
+from hico.data.spec import DatasetSpec, expand_path, read_specs, select_rows
+from hico.data.tables import open_rows
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and the domain that it belongs to."""
+
+    text: str
+    domain: str
+
+
+class Documents:
+    """The documents of one entry of a mixture.
+
+    Args:
+        spec: the entry.
+        seed: of a ``random:`` strategy.
+        sampling_strategy: applied after the entry's own.
+    """
+
+    def __init__(self, spec: DatasetSpec, *, seed: Any = 0, sampling_strategy: str = "all"):
+        self.spec = spec
+        self.files: list[RowFiles] = [open_rows(path) for path in expand_path(spec.json_path)]
+        self._offsets = np.cumsum([0, *map(len, self.files)])
+        rows = np.arange(self._offsets[-1])
+        for turn, strategy in enumerate((spec.sampling_strategy, sampling_strategy)):
+            rows = rows[select_rows(strategy, len(rows), seed=(seed, turn))]
+        self.rows = np.repeat(rows, spec.repeat)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Document:
+        """Return a document.
+
+        Raises:
+            ValueError: if the row cannot be read, or has no text; the message says where it is.
+        """
+        file, row = self.place(index)
+        content = file[row]
+        text = _at(content, self.spec.text_key)
+        if not isinstance(text, str) or not text.strip():
+            found = f"{self.spec.text_key!r} is empty" if text == "" or isinstance(text, str) else f"keys {[*content]}"
+            raise ValueError(
+                f"the document at {file.where(row)} has no text ({found}); name the key that holds it with text_key, "
+                "remove the row, or set on_bad_sample: skip to leave such rows out"
+            )
+        domain = self.name if self.spec.domain_key is None else _at(content, self.spec.domain_key)
+        if domain is None:
+            raise ValueError(
+                f"the document at {file.where(row)} has no domain under {self.spec.domain_key!r} (keys {[*content]}); "
+                "name another domain_key, or none"
+            )
+        return Document(text, str(domain))
+
+    def place(self, index: int) -> tuple[RowFiles, int]:
+        """Return the file of a document, and the number of its row there."""
+        row = int(self.rows[index])
+        which = int(np.searchsorted(self._offsets, row, side="right")) - 1
+        return self.files[which], row - int(self._offsets[which])
+
+    def key(self, indices: Sequence[int]) -> list[str]:
+        """Say what some documents are read from: digests of files, numbers of rows, keys."""
+        places = (self.place(index) for index in indices)
+        rows = [f"{file.sha256}:{row}" for file, row in places]
+        return [self.spec.text_key, self.spec.domain_key or f"={self.name}", *rows]
+
+    @property
+    def name(self) -> str:
+        return self.spec.name or Path(self.spec.json_path).stem
+
+
+class TextCorpus:
+    """Documents of all entries of a mixture file.
+
+    Args:
+        data: the mixture file, or the list of its datasets.
+        seed: of ``random:`` strategies.
+        sampling_strategy: applied to every dataset after its own.
+
+    Raises:
+        ValueError: if an entry has an unknown key, or no document is taken.
+        FileNotFoundError: if there is no such file.
+    """
+
+    def __init__(self, data: str | list, *, seed: int = 42, sampling_strategy: str = "all"):
+        self.seed = seed
+        self.packing: dict[str, Any] = {}
+        """How they are tokenized and packed, for the manifest."""
+        options = {"sampling_strategy": sampling_strategy}
+        self.datasets = [Documents(spec, seed=(seed, n), **options) for n, spec in enumerate(read_specs(data))]
+        if not sum(map(len, self.datasets)):
+            raise ValueError(f"{data} takes no document; change json_path or sampling_strategy")
+
+    def manifest(self) -> dict[str, Any]:
+        """Describe what is trained on; see `hico.data.mixture.Mixture.manifest`."""
+        return {
+            "seed": self.seed,
+            "datasets": [
+                {
+                    "name": dataset.name,
+                    "files": [{"path": f.path, "sha256": f.sha256, "rows": len(f)} for f in dataset.files],
+                    "sampling_strategy": dataset.spec.sampling_strategy,
+                    "rows_taken": len(dataset),
+                    "rows_sha256": hashlib.sha256(dataset.rows.astype("<i8").tobytes()).hexdigest(),
+                    "text_key": dataset.spec.text_key,
+                    "domain_key": dataset.spec.domain_key,
+                    **self.packing,
+                }
+                for dataset in self.datasets
+            ],
+        }
+
+
+def _at(row: Any, path: str) -> Any:
+    """Return what lies under ``a.b`` in a row; None if nothing does."""
+    for key in path.split("."):
+        row = row.get(key) if isinstance(row, dict) else None
+    return row
