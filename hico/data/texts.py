@@ -104,24 +104,21 @@ class TextCorpus:
         if not sum(map(len, self.datasets)):
             raise ValueError(f"{data} takes no document; change json_path or sampling_strategy")
 
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> list[dict[str, Any]]:
         """Describe what is trained on; see `hico.data.mixture.Mixture.manifest`."""
-        return {
-            "seed": self.seed,
-            "datasets": [
-                {
-                    "name": dataset.name,
-                    "files": [{"path": f.path, "sha256": f.sha256, "rows": len(f)} for f in dataset.files],
-                    "sampling_strategy": dataset.spec.sampling_strategy,
-                    "rows_taken": len(dataset),
-                    "rows_sha256": hashlib.sha256(dataset.rows.astype("<i8").tobytes()).hexdigest(),
-                    "text_key": dataset.spec.text_key,
-                    "domain_key": dataset.spec.domain_key,
-                    **self.packing,
-                }
-                for dataset in self.datasets
-            ],
-        }
+        return [
+            {
+                "name": dataset.name,
+                "sha256": [file.sha256 for file in dataset.files],
+                "sampling_strategy": dataset.spec.sampling_strategy,
+                "repeat": dataset.spec.repeat,
+                "rows_taken": len(dataset),
+                "text_key": dataset.spec.text_key,
+                "domain_key": dataset.spec.domain_key,
+                **self.packing,
+            }
+            for dataset in self.datasets
+        ]
 
 
 def _at(row: Any, path: str) -> Any:

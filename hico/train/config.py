@@ -7,6 +7,7 @@ from hico.data.fields import check_keys, check_types
 from hico.data.settings import RowSettings
 from hico.parallel import data_parts
 from hico.registry import import_plugins
+from hico.train.keys import check_memory, check_text
 
 Part = Literal["encoder", "compressor", "projector", "llm"]
 """What can be trained, frozen, or given a learning rate of its own."""
@@ -65,9 +66,9 @@ class Recipe(RowSettings):
     """Share of the training rows to hold out instead, in [0, 1)."""
     sampling_strategy: str = "all"
     """Rows to take of every dataset, after the dataset's own strategy."""
-    objective: Literal["answers", "preference", "tracks"] = "answers"
-    """What is learned: ``answers``; ``preference``, which of two answers is the better one; or ``tracks``, the
-    encoder alone on what moves, see `hico.tiny.tracks`."""
+    objective: Literal["answers", "preference", "text", "tracks"] = "answers"
+    """What is learned: ``answers``; ``preference``, which of two answers is the better one; ``text``, the next token of
+    packed documents, by the LLM alone; or ``tracks``, the encoder alone on what moves, see `hico.tiny.tracks`."""
     preference: dict | None = None
     """How answers are compared: keywords of `PreferenceSettings`."""
     trainable: list[Part] = field(default_factory=lambda: list(PARTS))
@@ -99,6 +100,20 @@ class Recipe(RowSettings):
     """Look for every file of the mixture before the first step."""
     drop_schedule: str | list | dict | None = None
     """Progressive visual dropout in the LLM (``uniform@4:0.75,attention@18:0.25``); the checkpoint's if omitted."""
+    rope_parameters: dict[str, Any] | None = None
+    """Of ``text``: rotary positions of the LLM, as in transformers' configurations (``{rope_theta: 1.0e9}``)."""
+    long_documents: int = 4096
+    """Of ``text``: tokens from which on a document is a long one."""
+    long_share: float | None = None
+    """Of ``text``: share of every domain's tokens that its long documents give; what they are if omitted."""
+    across_documents: bool = True
+    """Of ``text``: whether a token sees the documents that were packed before its own."""
+    loss_chunk: int | None = None
+    """Tokens whose logits exist at once in training; 2,048 if omitted."""
+    mlp_chunk: int | None = None
+    """Tokens that an MLP of the LLM works on at once; all if omitted."""
+    offload_activations: bool = False
+    """Keep what gradient checkpointing saves in host memory until the backward pass."""
     lora: dict | None = None
     """Adapters on the LLM: keywords of `peft.LoraConfig`."""
     quantization: dict | None = None
@@ -124,6 +139,8 @@ class Recipe(RowSettings):
         for is_wrong, message in (
             (is_tracks and self.trainable != ["encoder"], "objective tracks trains the encoder alone; set trainable"),
             (is_tracks and self.evaluates, "objective tracks evaluates nothing; leave out eval_data, eval_fraction"),
+            *check_text(self),
+            *check_memory(self),
             (
                 is_tracks and self.sequence_parallel > 1,
                 "objective tracks has no sequence; leave out sequence_parallel",

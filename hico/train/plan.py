@@ -138,6 +138,10 @@ def prepare(
     Raises:
         ValueError, FileNotFoundError: for what is wrong with recipe, data or checkpoint.
     """
+    if recipe.objective == "text":
+        from hico.train.text import prepare_text
+
+        return prepare_text(recipe, start=start)
     check_frames(recipe)
     config, processor = load_config(recipe, start)
     Labels(processor, recipe.label_scheme)  # the template and the tokenizer must be such that they can be learned from
@@ -238,6 +242,10 @@ def load_config(recipe: Recipe, start: HicoConfig | None = None) -> tuple[HicoCo
         FileNotFoundError: if there is no such checkpoint.
         ValueError: if it cannot be read, or ``model_config`` does not describe a model.
     """
+    if recipe.objective == "text":
+        from hico.train.text import load_text_config
+
+        return load_text_config(recipe, start)
     folder = Path(recipe.model)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(

@@ -28,7 +28,7 @@ _LEARNING = (
 _RUNNING = (
     *("name", "model", "output_dir", "data", "eval_data", "arguments", "plugins", "check_files", "decode_timeout"),
     *("peak_tflops", "on_bad_sample", "max_bad_fraction", "attn_implementation"),
-    *("sequence_parallel", "ulysses_size"),
+    *("sequence_parallel", "ulysses_size", "loss_chunk", "mlp_chunk", "offload_activations"),
 )
 """Keys of ours that do not, or that stand elsewhere in a manifest."""
 _FIXED = ("objective", "trainable", "lora", *_OPTIMIZER)

@@ -18,6 +18,7 @@ from hico.train import checkpoint, provenance
 from hico.train.arguments import StageArguments, training_arguments
 from hico.train.config import PARTS, Recipe
 from hico.train.lora import add_lora, load_model
+from hico.train.memory import OffloadActivations, save_memory
 from hico.train.parts import fit_vocabulary, freeze, modules_of
 from hico.train.plan import Prepared, load_config, prepare
 from hico.train.preference import PreferenceTrainer
@@ -116,6 +117,8 @@ def make_trainer(recipe: Recipe, args: StageArguments, prepared: Prepared) -> St
     """Load the model, freeze what does not learn, and put the trainer together."""
     set_seed(args.seed)
     dtype = prepared.dtype  # loading makes the configuration say what it is loaded as
+    if recipe.objective == "text":
+        return _text_trainer(recipe, args, prepared, dtype)
     options = {"attn_implementation": recipe.attn_implementation}
     if recipe.quantization is not None:
         options["quantization_config"] = BitsAndBytesConfig(**recipe.quantization)
@@ -130,13 +133,9 @@ def make_trainer(recipe: Recipe, args: StageArguments, prepared: Prepared) -> St
     if recipe.frozen_dtype is not None:
         for module in modules_of(model, frozen):
             module.to(getattr(torch, recipe.frozen_dtype))
-    per_step = args.gradient_accumulation_steps * recipe.num_groups(args.world_size)
-    common = {
-        "manifest": provenance.manifest(recipe, prepared.mixture, prepared.sampler(), per_step),
-        "dtype": dtype,
-        "bad_rows": BadRows(Path(args.output_dir), args.process_index, recipe.max_bad_fraction),
-    }
+    common = _common(recipe, args, prepared, dtype)
     dataset = TrainingRows(prepared.mixture, prepared.processor, recipe, seed=args.seed)
+    save_memory(model, recipe)
     if recipe.objective == "tracks":
         from hico.tiny.tracks import TrackTrainer
 
@@ -155,7 +154,7 @@ def make_trainer(recipe: Recipe, args: StageArguments, prepared: Prepared) -> St
     )
     unwrapped(model).set_sequence_parallel(mesh)
     place = {"rank": mesh.data_rank, "world_size": mesh.data_size}
-    return (PreferenceTrainer if recipe.objective == "preference" else HicoTrainer)(
+    trainer = (PreferenceTrainer if recipe.objective == "preference" else HicoTrainer)(
         model,
         args,
         recipe=recipe,
@@ -169,6 +168,28 @@ def make_trainer(recipe: Recipe, args: StageArguments, prepared: Prepared) -> St
         peak_tflops=recipe.peak_tflops or peak_tflops(),
         **common,
     )
+    if recipe.offload_activations:
+        trainer.add_callback(OffloadActivations())
+    return trainer
+
+
+def _common(recipe: Recipe, args: StageArguments, prepared: Prepared, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what every `StageTrainer` takes."""
+    per_step = args.gradient_accumulation_steps * recipe.num_groups(args.world_size)
+    args.count_steps(prepared.steps(args.world_size)[1])
+    return {
+        "manifest": provenance.manifest(recipe, prepared.mixture, prepared.sampler(), per_step),
+        "dtype": dtype,
+        "bad_rows": BadRows(Path(args.output_dir), args.process_index, recipe.max_bad_fraction),
+    }
+
+
+def _text_trainer(recipe: Recipe, args: StageArguments, prepared: Any, dtype: torch.dtype) -> StageTrainer:
+    from hico.train.text import make_text_trainer
+
+    trainer = make_text_trainer(recipe, args, prepared, **_common(recipe, args, prepared, dtype))
+    set_seed(args.seed)
+    return trainer
 
 
 def _is_first() -> bool:
