@@ -1,6 +1,7 @@
 """Work on many tokens, a chunk of them at a time; the backward pass computes again what it needs of a chunk."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,20 +25,19 @@ def sum_over_chunks(function: Callable[..., Tensor], *tensors: Tensor, size: int
     return sum(checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks)
 
 
-def map_over_chunks(function: Callable[[Tensor], Tensor], hidden: Tensor, *, size: int) -> Tensor:
-    """Apply a function that treats every token alike to chunks of ``size`` tokens.
+def map_over_chunks(function: Callable[[Tensor], Tensor], hidden_BSD: Tensor, *, size: int) -> Tensor:
+    """Apply a function that treats every token alike to chunks of ``size`` tokens, of whatever rows.
 
     Args:
-        function: ``(..., n, D)`` to ``(..., n, E)``.
-        hidden: ``(..., S, D)``.
+        function: ``(1, n, D)`` to ``(1, n, E)``.
+        hidden_BSD: ``(B, S, D)``.
         size: tokens of a chunk.
 
     Returns:
-        ``(..., S, E)``.
+        ``(B, S, E)``.
     """
-    if hidden.shape[-2] <= size:
-        return function(hidden)
-    parts = hidden.split(size, dim=-2)
-    if torch.is_grad_enabled():
-        return torch.cat([checkpoint(function, part, use_reentrant=False) for part in parts], dim=-2)
-    return torch.cat([function(part) for part in parts], dim=-2)
+    if hidden_BSD[..., 0].numel() <= size:
+        return function(hidden_BSD)
+    run = partial(checkpoint, function, use_reentrant=False) if torch.is_grad_enabled() else function
+    parts = [run(part) for part in hidden_BSD.flatten(0, 1)[None].split(size, dim=1)]
+    return torch.cat(parts, dim=1).unflatten(1, hidden_BSD.shape[:2])[0]

@@ -3,15 +3,26 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from hico.compat import UnsupportedDecoder
 from hico.configuration_hico import HicoConfig
+from hico.llm_dropout.patch import find_decoder
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """Return the decoder of a causal LM, or of a model of hico."""
-    return model.model.language_model if sees(model) else model.get_decoder()
+    """Return the decoder of a causal LM, or of a model of hico.
+
+    Raises:
+        UnsupportedDecoder: if it holds none that is like those of Llama.
+    """
+    if sees(model):
+        return model.model.language_model
+    decoder = model.get_decoder()
+    return find_decoder(model)[0] if decoder is model or not isinstance(decoder, PreTrainedModel) else decoder
 
 
 def sees(model: nn.Module) -> bool:
@@ -37,11 +48,43 @@ def logits_of(model: nn.Module, hidden_BSE: Tensor) -> Tensor:
         return type(model).forward(model, inputs_embeds=hidden_BSE, use_cache=False).logits
 
 
+@torch.no_grad()
+def check_halves(model: nn.Module) -> None:
+    """Check on a few tokens that both halves of a model make what the whole does; weights elsewhere are passed over.
+
+    Raises:
+        UnsupportedDecoder: if they do not, or the model's own loss has a part that they leave out.
+    """
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        raise UnsupportedDecoder(
+            model,
+            "is to learn a loss of its router too; set output_router_logits: false in its config.json",
+        )
+    if any(parameter.is_meta or not parameter.numel() for parameter in model.parameters()):
+        return
+    was_training = model.training
+    model.eval()
+    input_ids = torch.arange(4, 12, device=model.device)[None] % model.config.get_text_config().vocab_size
+    hidden_BSE = decoder_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+    found, expected = logits_of(model, hidden_BSE), model(input_ids=input_ids, use_cache=False).logits
+    model.train(was_training)
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
+        raise UnsupportedDecoder(model, "makes other logits than those of what its decoder returns")
+
+
+class _Hidden(MoeModelOutputWithPast):
+    """What a decoder returns, without anything but hidden states."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 @contextmanager
 def _answering(decoder: nn.Module, hidden_BSE: Tensor) -> Iterator[None]:
     """Let a decoder return hidden states, whatever it is asked."""
     before = vars(decoder).get("forward")
-    decoder.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=hidden_BSE)
+    decoder.forward = lambda *args, **kwargs: _Hidden(last_hidden_state=hidden_BSE)
     try:
         yield
     finally:

@@ -28,7 +28,7 @@ from hico.prompt import IGNORE_INDEX
 from hico.rotary import keep_rotary_in_float32
 from hico.tokenizer import load_llm_tokenizer
 from hico.train.config import Recipe
-from hico.train.lm_head import decoder_of, logits_of, sees
+from hico.train.lm_head import check_halves, decoder_of, logits_of, sees
 from hico.train.lora import load_model
 from hico.train.memory import OffloadActivations, save_memory
 from hico.train.parts import freeze, modules_of, rest
@@ -159,6 +159,7 @@ def load_lm(folder: str | Path, **options: Any) -> nn.Module:
         raise ValueError(f"{folder}: these are not the weights of this {type(model).__name__} ({found})")
     save_under_own_names(model)
     keep_rotary_in_float32(model)
+    check_halves(model)
     return model
 
 
