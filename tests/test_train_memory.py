@@ -1,7 +1,5 @@
 """Every way to save memory leaves losses and gradients as they are, and does save it."""
 
-from types import MethodType
-
 import pytest
 import torch
 from text_corpus import SIZES, text_recipe, write_documents, write_lm
@@ -20,8 +18,8 @@ from transformers import (
 from transformers.models.gpt_oss import GptOssConfig
 
 from hico.ops.chunks import map_over_chunks, sum_over_chunks
+from hico.train.lm_head import with_text_loss
 from hico.train.memory import Offloader, chunk_mlps, offload_activations
-from hico.train.text import text_forward
 
 KEYS = {
     "loss_chunk": {"loss_chunk": 3},
@@ -134,7 +132,7 @@ def loss_and_gradients(model, *, scale=1.0):
 def test_chunks_are_equal_for_llms_of_any_kind_also_when_the_loss_is_scaled(name, scale):
     expected = loss_and_gradients(build(CONFIGS[name]), scale=scale)
     model = build(CONFIGS[name])
-    model.forward, model.tokens_per_loss_chunk = MethodType(text_forward, model), 7
+    with_text_loss(model, loss_chunk=7)
     chunk_mlps(model, 5)
     checkpoint_layers(model)
     offload_activations(model, Offloader(Moved(), least=1))
@@ -176,7 +174,7 @@ def test_neither_logits_nor_wide_activations_exist_for_more_than_a_chunk():
     with Sizes() as sizes:
         loss_and_gradients(model)
     assert (sizes.with_last(320), sizes.with_last(44)) == (46, 46)
-    model.forward, model.tokens_per_loss_chunk = MethodType(text_forward, model), 8
+    with_text_loss(model, loss_chunk=8)
     chunk_mlps(model, 3)
     with Sizes() as sizes:
         loss_and_gradients(model)

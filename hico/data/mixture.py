@@ -214,6 +214,8 @@ def read_mixture(data: str | list, **options: Any) -> Mixture:
 
 
 def _open(spec: DatasetSpec, preferences: bool) -> _Dataset:
+    if (spec.text_key, spec.domain_key) != ("text", None):
+        raise ValueError(f"{spec.json_path}: text_key and domain_key are for objective: text; leave them out")
     check_reader(spec.video_read_type)
     files = [open_rows(path) for path in expand_path(spec.json_path)]
     surveys = [survey(file, spec.other_keys, preferences=preferences) for file in files]

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 from hico.data.rowfiles import RowFiles
 from hico.data.spec import DatasetSpec, expand_path, read_specs, select_rows
 from hico.data.tables import open_rows
+
+_OF_MEDIA = ("data_root", "media_type", "video_read_type", "folder_fps", "other_keys")
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,15 @@ class Documents:
         spec: the entry.
         seed: of a ``random:`` strategy.
         sampling_strategy: applied after the entry's own.
+
+    Raises:
+        ValueError: if the entry says something about media, or of keys, which may be any.
     """
 
     def __init__(self, spec: DatasetSpec, *, seed: Any = 0, sampling_strategy: str = "all"):
+        taken = [field.name for field in fields(spec) if getattr(spec, field.name) not in (None, "", [])]
+        if media := [key for key in _OF_MEDIA if key in taken]:
+            raise ValueError(f"{spec.json_path}: text has no use for {', '.join(media)}; leave it out")
         self.spec = spec
         self.files: list[RowFiles] = [open_rows(path) for path in expand_path(spec.json_path)]
         self._offsets = np.cumsum([0, *map(len, self.files)])

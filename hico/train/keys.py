@@ -24,7 +24,9 @@ def check_text(recipe: Any) -> _Faults:
     yield not is_text and own, f"{', '.join(own)} has an effect with objective: text only; leave it out"
     yield is_text and not alone, f"objective text trains the LLM, all of it; trainable is {recipe.trainable}"
     yield is_text and recipe.evaluates, "objective text has no evaluation; leave out eval_fraction and eval_data"
-    yield recipe.long_share == 1, "long_share is 1; short documents need a share, so use one below 1"
+    share = recipe.long_share
+    yield share is not None and not 0 <= share < 1, f"long_share is {share}; use a share from 0 to below 1"
+    yield recipe.long_documents < 1, f"long_documents is {recipe.long_documents}; it must be at least 1"
     yield (
         is_text and not recipe.across_documents and batched,
         "across_documents: false needs rows of one sequence; set per_device_train_batch_size: 1",
@@ -33,6 +35,9 @@ def check_text(recipe: Any) -> _Faults:
 
 def check_memory(recipe: Any) -> _Faults:
     """Yield what is wrong with the keys that save memory; see `check_text`."""
+    for key in ("loss_chunk", "mlp_chunk"):
+        size = getattr(recipe, key)
+        yield size is not None and size < 1, f"{key} is {size}; it must be at least 1"
     given = [key for key in ("loss_chunk", "mlp_chunk") if getattr(recipe, key)]
     if recipe.offload_activations:
         given.append("offload_activations")

@@ -1,16 +1,23 @@
-"""The two halves of a causal LM: its decoder, and what it makes of the decoder's output."""
+"""The two halves of a causal LM, decoder and head, and the loss of text by chunks of the second."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast
 
 from hico.compat import UnsupportedDecoder
 from hico.configuration_hico import HicoConfig
 from hico.llm_dropout.patch import find_decoder
+from hico.ops.chunks import sum_over_chunks
+from hico.prompt import IGNORE_INDEX
+
+LOSS_CHUNK = 2048
+"""Tokens whose logits exist at once in training, if nobody says how many."""
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
@@ -46,6 +53,52 @@ def logits_of(model: nn.Module, hidden_BSE: Tensor) -> Tensor:
         return model.lm_head(hidden_BSE)
     with _answering(decoder_of(model), hidden_BSE):
         return type(model).forward(model, inputs_embeds=hidden_BSE, use_cache=False).logits
+
+
+def with_text_loss(model: nn.Module, *, loss_chunk: int | None = None) -> nn.Module:
+    """Let a model compute the loss of text by chunks; see `text_forward`. It is changed, and returned."""
+    model.forward = MethodType(text_forward, model)
+    model.tokens_per_loss_chunk = loss_chunk or getattr(model, "tokens_per_loss_chunk", LOSS_CHUNK)
+    return model
+
+
+def text_forward(
+    self: nn.Module,
+    input_ids: Tensor,
+    labels: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    **kwargs: Any,
+) -> CausalLMOutputWithPast:
+    """Stand in for the ``forward`` of a causal LM, or of a model of hico, while it learns text.
+
+    Logits exist for ``tokens_per_loss_chunk`` tokens at a time, and none are returned. All positions go through the LM
+    head, learned or not, so that devices that share weights run it equally often.
+
+    Args:
+        input_ids: ``(B, S)``.
+        labels: ``(B, S)``, -100 where nothing is learned.
+        position_ids: ``(B, S)``, if they do not count from 0.
+        shift_labels: ``(B, S)`` what every position is to predict, instead of ``labels``.
+        num_items_in_batch: what the sum of losses is divided by; the number of learned tokens if omitted.
+    """
+    if labels is None and shift_labels is None:
+        return type(self).forward(self, input_ids=input_ids, position_ids=position_ids, **kwargs)
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    hidden_BSE = decoder_of(self)(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+
+    def chunk_loss(hidden_nE: Tensor, targets_n: Tensor) -> Tensor:
+        logits_nV = logits_of(self, hidden_nE[None])[0].float()
+        return nn.functional.cross_entropy(logits_nV, targets_n, ignore_index=IGNORE_INDEX, reduction="sum")
+
+    total = sum_over_chunks(
+        chunk_loss, hidden_BSE.flatten(0, 1), shift_labels.flatten(), size=self.tokens_per_loss_chunk
+    )
+    if num_items_in_batch is None:
+        num_items_in_batch = (shift_labels != IGNORE_INDEX).sum()
+    return CausalLMOutputWithPast(loss=total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1))
 
 
 @torch.no_grad()

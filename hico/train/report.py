@@ -29,6 +29,10 @@ def dry_run(recipe: Recipe, prepared: Prepared, *, world_size: int) -> str:
     Raises:
         ValueError: if no part learns, adapters find no place, or the batch does not divide.
     """
+    if recipe.objective == "text":
+        from hico.train.text_report import dry_run_text
+
+        return dry_run_text(recipe, prepared, world_size=world_size)
     with torch.device("meta"):
         model = HicoForConditionalGeneration._from_config(
             prepared.config, attn_implementation=recipe.attn_implementation

@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hico.compat import save_under_own_names
@@ -22,13 +20,11 @@ from hico.data.batching import BatchRule, BatchSampler, EpochLoader
 from hico.data.packing import PackedText, PackRule, collate_text
 from hico.data.texts import TextCorpus
 from hico.data.tokens import TokenStore, tokenize, tokenizer_identity
-from hico.ops.chunks import sum_over_chunks
 from hico.processing_hico import HicoProcessor
-from hico.prompt import IGNORE_INDEX
 from hico.rotary import keep_rotary_in_float32
 from hico.tokenizer import load_llm_tokenizer
 from hico.train.config import Recipe
-from hico.train.lm_head import check_halves, decoder_of, logits_of, sees
+from hico.train.lm_head import check_halves, sees, with_text_loss
 from hico.train.lora import load_model
 from hico.train.memory import OffloadActivations, save_memory
 from hico.train.parts import freeze, modules_of, rest
@@ -42,7 +38,7 @@ VISION = ("encoder", "compressor", "projector")
 
 @dataclass
 class PreparedText:
-    """What a stage of text needs beside weights, checked; see `hico.train.prepared.Prepared`."""
+    """What a stage of text needs beside weights, checked; see `hico.train.plan.Prepared`."""
 
     recipe: Recipe
     config: PreTrainedConfig
@@ -73,7 +69,7 @@ class PreparedText:
         return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
     def steps(self, world_size: int) -> tuple[int, int]:
-        """Return the optimizer steps of an epoch, and of the stage; see `hico.train.prepared.Prepared.steps`."""
+        """Return the optimizer steps of an epoch, and of the stage; see `hico.train.plan.Prepared.steps`."""
         accumulation = self.recipe.gradient_accumulation(world_size)
         per_epoch = max(1, -(-len(self.sampler(world_size=world_size)) // accumulation))
         arguments = self.recipe.arguments
@@ -163,45 +159,6 @@ def load_lm(folder: str | Path, **options: Any) -> nn.Module:
     return model
 
 
-def text_forward(
-    self: nn.Module,
-    input_ids: Tensor,
-    labels: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    shift_labels: Tensor | None = None,
-    num_items_in_batch: Tensor | int | None = None,
-    **kwargs: Any,
-) -> CausalLMOutputWithPast:
-    """Stand in for the ``forward`` of a causal LM, or of a model of hico, while it learns text.
-
-    Logits exist for ``tokens_per_loss_chunk`` tokens at a time, and none are returned. All positions go through the LM
-    head, learned or not, so that devices that share weights run it equally often.
-
-    Args:
-        input_ids: ``(B, S)``.
-        labels: ``(B, S)``, -100 where nothing is learned.
-        position_ids: ``(B, S)``, if they do not count from 0.
-        shift_labels: ``(B, S)`` what every position is to predict, instead of ``labels``.
-        num_items_in_batch: what the sum of losses is divided by; the number of learned tokens if omitted.
-    """
-    if labels is None and shift_labels is None:
-        return type(self).forward(self, input_ids=input_ids, position_ids=position_ids, **kwargs)
-    if shift_labels is None:
-        shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    hidden_BSE = decoder_of(self)(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-
-    def chunk_loss(hidden_nE: Tensor, targets_n: Tensor) -> Tensor:
-        logits_nV = logits_of(self, hidden_nE[None])[0].float()
-        return nn.functional.cross_entropy(logits_nV, targets_n, ignore_index=IGNORE_INDEX, reduction="sum")
-
-    total = sum_over_chunks(
-        chunk_loss, hidden_BSE.flatten(0, 1), shift_labels.flatten(), size=self.tokens_per_loss_chunk
-    )
-    if num_items_in_batch is None:
-        num_items_in_batch = (shift_labels != IGNORE_INDEX).sum()
-    return CausalLMOutputWithPast(loss=total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1))
-
-
 class TextTrainer(StageTrainer):
     """Train an LLM on packed documents.
 
@@ -227,9 +184,6 @@ class TextTrainer(StageTrainer):
         self._whole = sees(model)
         if self._whole:
             freeze(model, ["llm"])
-        model.forward = MethodType(text_forward, model)
-        if not hasattr(model, "tokens_per_loss_chunk"):
-            model.tokens_per_loss_chunk = 2048
         self._tokens, self._since, self._cast = 0, time.perf_counter(), None
         self._use_cache = getattr(model.config.get_text_config(), "use_cache", True)
         collate = partial(collate_text, length=sequences.rule.length, separator=sequences.separator)
@@ -298,7 +252,7 @@ def make_text_trainer(recipe: Recipe, args: Any, prepared: PreparedText, **commo
     options = {"config": prepared.config, "attn_implementation": recipe.attn_implementation}
     load = load_lm if isinstance(prepared.processor, PreTrainedTokenizerBase) else load_model
     model = load(recipe.model, **options)
-    save_memory(model, recipe)
+    save_memory(with_text_loss(model), recipe)
     place = {"rank": args.process_index, "world_size": args.world_size}
     trainer = TextTrainer(
         model,
