@@ -212,3 +212,37 @@ def test_text_starts_from_an_lm_or_a_model_of_ours_and_nothing_else(folder):
 def test_keys_of_text_are_errors_elsewhere(folder):
     with pytest.raises(ValueError, match="rope_parameters, long_share has an effect with objective: text only"):
         text_recipe(folder, objective="answers", long_share=0.5)
+
+
+def in_processes(folder, name, num_processes, **changes):
+    """Train in several processes; return what the first one recorded, see `train_worker`."""
+    from test_train_devices import WORKER, run_in
+
+    recipe = vars(text_recipe(folder, output_dir=str(folder / name), max_grad_norm=0.0, **changes))
+    settings = {key: value for key, value in recipe.items() if key != "arguments"} | recipe["arguments"]
+    (folder / f"{name}.json").write_text(json.dumps(settings))
+    codes, errors = run_in(num_processes, [str(WORKER), str(folder / f"{name}.json"), str(folder / f"{name}.pt")])
+    assert codes == [0] * num_processes, errors
+    return torch.load(folder / f"{name}.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "changes"),
+    [("lm", {}), ("lm", {"across_documents": False}), ("init", {"mlp_chunk": 30, "rope_parameters": None})],
+)
+def test_processes_that_share_text_train_as_one_does(folder, model, changes):
+    read = weights if model == "init" else lm_weights
+
+    def assert_same(found, expected):
+        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        for name, gradient in expected["gradients"].items():
+            torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+        for name, weight in read(expected["final"]).items():
+            torch.testing.assert_close(read(found["final"])[name], weight, rtol=1e-3, atol=1e-3, msg=name)
+
+    common = {"model": str(folder / model), "loss_chunk": 20, "max_length": 131, "max_steps": 3, **changes}
+    alone = in_processes(folder, "alone", 1, **common)
+    assert_same(in_processes(folder, "shared", 2, **common, sequence_parallel=2), alone)
+    halves = {"gradient_accumulation_steps": 1}
+    assert_same(in_processes(folder, "halves", 2, **{**common, **halves}), alone)

@@ -1,6 +1,5 @@
 """Documents: files of plain text, and rows with a text, of several domains."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path

@@ -67,8 +67,8 @@ class Recipe(RowSettings):
     sampling_strategy: str = "all"
     """Rows to take of every dataset, after the dataset's own strategy."""
     objective: Literal["answers", "preference", "text", "tracks"] = "answers"
-    """What is learned: ``answers``; ``preference``, which of two answers is the better one; ``text``, the next token of
-    packed documents, by the LLM alone; or ``tracks``, the encoder alone on what moves, see `hico.tiny.tracks`."""
+    """What is learned: ``answers``; ``preference``, which of two answers is the better one; ``text``, the next token
+    of packed documents, by the LLM alone; or ``tracks``, the encoder alone on what moves, see `hico.tiny.tracks`."""
     preference: dict | None = None
     """How answers are compared: keywords of `PreferenceSettings`."""
     trainable: list[Part] = field(default_factory=lambda: list(PARTS))

@@ -1,5 +1,6 @@
 """The two halves of a causal LM, decoder and head, and the loss of text by chunks of the second."""
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -87,17 +88,20 @@ def text_forward(
         return type(self).forward(self, input_ids=input_ids, position_ids=position_ids, **kwargs)
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    hidden_BSE = decoder_of(self)(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    if num_items_in_batch is None:
+        num_items_in_batch = (shift_labels != IGNORE_INDEX).sum()
+    outputs = decoder_of(self)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    layout = getattr(outputs, "sequence_layout", None)  # of processes that share the rows
+    if layout is not None:
+        shift_labels = layout.shard(shift_labels, fill=IGNORE_INDEX)
 
     def chunk_loss(hidden_nE: Tensor, targets_n: Tensor) -> Tensor:
         logits_nV = logits_of(self, hidden_nE[None])[0].float()
         return nn.functional.cross_entropy(logits_nV, targets_n, ignore_index=IGNORE_INDEX, reduction="sum")
 
-    total = sum_over_chunks(
-        chunk_loss, hidden_BSE.flatten(0, 1), shift_labels.flatten(), size=self.tokens_per_loss_chunk
-    )
-    if num_items_in_batch is None:
-        num_items_in_batch = (shift_labels != IGNORE_INDEX).sum()
+    hidden_nE = outputs.last_hidden_state.flatten(0, 1)
+    total = sum_over_chunks(chunk_loss, hidden_nE, shift_labels.flatten(), size=self.tokens_per_loss_chunk)
+    total = total if layout is None else layout.total(total)
     return CausalLMOutputWithPast(loss=total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1))
 
 
@@ -125,6 +129,9 @@ def check_halves(model: nn.Module) -> None:
         raise UnsupportedDecoder(model, "makes other logits than those of what its decoder returns")
 
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+
+
 class _Hidden(MoeModelOutputWithPast):
     """What a decoder returns, without anything but hidden states."""
 
@@ -135,13 +142,12 @@ class _Hidden(MoeModelOutputWithPast):
 
 @contextmanager
 def _answering(decoder: nn.Module, hidden_BSE: Tensor) -> Iterator[None]:
-    """Let a decoder return hidden states, whatever it is asked."""
-    before = vars(decoder).get("forward")
+    """Let a decoder return hidden states, whatever it is asked, and whatever hooks it has."""
+    before = {name: vars(decoder)[name] for name in ("forward", *_HOOKS) if name in vars(decoder)}
+    vars(decoder).update({name: OrderedDict() for name in _HOOKS})
     decoder.forward = lambda *args, **kwargs: _Hidden(last_hidden_state=hidden_BSE)
     try:
         yield
     finally:
-        if before is None:
-            del decoder.forward
-        else:
-            decoder.forward = before
+        del decoder.forward
+        vars(decoder).update(before)

@@ -141,6 +141,7 @@ def prepare(
     if recipe.objective == "text":
         from hico.train.text import prepare_text
 
+        check_sharing(recipe, load_config(recipe, start)[0].get_text_config())
         return prepare_text(recipe, start=start)
     check_frames(recipe)
     config, processor = load_config(recipe, start)

@@ -176,7 +176,6 @@ def make_trainer(recipe: Recipe, args: StageArguments, prepared: Prepared) -> St
 def _common(recipe: Recipe, args: StageArguments, prepared: Prepared, dtype: torch.dtype) -> dict[str, Any]:
     """Return what every `StageTrainer` takes."""
     per_step = args.gradient_accumulation_steps * recipe.num_groups(args.world_size)
-    args.count_steps(prepared.steps(args.world_size)[1])
     return {
         "manifest": provenance.manifest(recipe, prepared.mixture, prepared.sampler(), per_step),
         "dtype": dtype,

@@ -20,11 +20,13 @@ from hico.data.batching import BatchRule, BatchSampler, EpochLoader
 from hico.data.packing import PackedText, PackRule, collate_text
 from hico.data.texts import TextCorpus
 from hico.data.tokens import TokenStore, tokenize, tokenizer_identity
+from hico.parallel import make_mesh
+from hico.parallel import patch as spread
 from hico.processing_hico import HicoProcessor
 from hico.rotary import keep_rotary_in_float32
 from hico.tokenizer import load_llm_tokenizer
 from hico.train.config import Recipe
-from hico.train.lm_head import check_halves, sees, with_text_loss
+from hico.train.lm_head import check_halves, decoder_of, sees, with_text_loss
 from hico.train.lora import load_model
 from hico.train.memory import OffloadActivations, save_memory
 from hico.train.parts import freeze, modules_of, rest
@@ -71,7 +73,7 @@ class PreparedText:
     def steps(self, world_size: int) -> tuple[int, int]:
         """Return the optimizer steps of an epoch, and of the stage; see `hico.train.plan.Prepared.steps`."""
         accumulation = self.recipe.gradient_accumulation(world_size)
-        per_epoch = max(1, -(-len(self.sampler(world_size=world_size)) // accumulation))
+        per_epoch = max(1, -(-len(self.sampler(world_size=self.recipe.num_groups(world_size))) // accumulation))
         arguments = self.recipe.arguments
         if arguments.get("max_steps", -1) > 0:
             return per_epoch, arguments["max_steps"]
@@ -167,6 +169,7 @@ class TextTrainer(StageTrainer):
         args: training arguments.
         sequences, sampler: packed documents, and this device's batches of them.
         processor: saved beside the model.
+        share: processes that share every row.
         options: of `StageTrainer`.
     """
 
@@ -178,13 +181,14 @@ class TextTrainer(StageTrainer):
         sequences: PackedText,
         sampler: BatchSampler,
         processor: Any,
+        share: int = 1,
         **options: Any,
     ):
-        self.sampler = sampler
+        self.sampler, self._share = sampler, share
         self._whole = sees(model)
         if self._whole:
             freeze(model, ["llm"])
-        self._tokens, self._since, self._cast = 0, time.perf_counter(), None
+        self._tokens, self._since, self._cast = 0.0, time.perf_counter(), None
         self._use_cache = getattr(model.config.get_text_config(), "use_cache", True)
         collate = partial(collate_text, length=sequences.rule.length, separator=sequences.separator)
         super().__init__(
@@ -209,7 +213,7 @@ class TextTrainer(StageTrainer):
         """Return the loss, and count the tokens."""
         if self._whole:
             rest(modules_of(self.model, VISION))
-        self._tokens += inputs["input_ids"].numel()
+        self._tokens += inputs["input_ids"].numel() / self._share
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def floating_point_ops(self, inputs) -> float:
@@ -253,12 +257,21 @@ def make_text_trainer(recipe: Recipe, args: Any, prepared: PreparedText, **commo
     load = load_lm if isinstance(prepared.processor, PreTrainedTokenizerBase) else load_model
     model = load(recipe.model, **options)
     save_memory(with_text_loss(model), recipe)
-    place = {"rank": args.process_index, "world_size": args.world_size}
+    mesh = make_mesh(
+        recipe.sequence_parallel,
+        num_key_value_heads=prepared.config.get_text_config().num_key_value_heads,
+        ulysses=recipe.ulysses_size,
+        device_type=args.device.type,
+    )
+    if mesh.size > 1:
+        spread(decoder_of(model), mesh)
+    place = {"rank": mesh.data_rank, "world_size": mesh.data_size}
     trainer = TextTrainer(
         model,
         args,
         sequences=prepared.sequences,
         sampler=prepared.sampler(**place),
+        share=mesh.size,
         processor=prepared.processor,
         **common,
     )

@@ -29,7 +29,7 @@ def dry_run_text(recipe: Recipe, prepared: PreparedText, *, world_size: int) -> 
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(llm).parameters())
     per_epoch, steps = prepared.steps(world_size)
     accumulation = recipe.gradient_accumulation(world_size)
-    per_step = recipe.rows_per_device * accumulation * world_size
+    per_step = recipe.rows_per_device * accumulation * recipe.num_groups(world_size)
     rate = recipe.arguments.get("learning_rate", 5e-5)
     lines = [
         f"stage {recipe.name}: {recipe.model} -> {recipe.output_dir}",
@@ -76,7 +76,7 @@ def _memory(recipe: Recipe, llm: PreTrainedConfig, parameters: int, world_size: 
         "gradients": parameters * (2 if half else 4) / share[2],
         "optimizer": 0 if offloads else parameters * (12 if half else 8) / share[1],
     }
-    fixed = sum(states.values())
+    fixed, shared = sum(states.values()), recipe.sequence_parallel
     asked = memory_keys(recipe, half=half)
     saving = replace(
         asked,
@@ -91,12 +91,14 @@ def _memory(recipe: Recipe, llm: PreTrainedConfig, parameters: int, world_size: 
         return [f"memory per device: not counted ({error})"]
     sharded = f"ZeRO-{zero}" if zero is not None else "not sharded by DeepSpeed"
     lines = [f"memory per device ({sharded}; activations counted on a step without numbers; no buffers of devices)"]
-    sizes = {**states, "activations": found["this recipe"].at(recipe.max_length) * recipe.rows_per_device}
+    sizes = {**states, "activations": found["this recipe"].at(recipe.max_length * recipe.rows_per_device / shared)}
     sizes["together"] = sum(sizes.values())
     lines += [f"{name:<16} {size / 2**30:>9.2f} GiB" for name, size in sizes.items()]
     lines += ["", f"longest length that fits    {'bytes a token':>14} " + " ".join(f"{gb:>9} GB" for gb in CARDS)]
     for name, counted in found.items():
-        lines.append(f"{name:<27} {_slope(counted):>14,.0f} " + " ".join(_longest(counted, fixed, gb) for gb in CARDS))
+        lines.append(
+            f"{name:<27} {_slope(counted):>14,.0f} " + " ".join(_longest(counted, fixed, gb, shared) for gb in CARDS)
+        )
     return lines
 
 
@@ -118,8 +120,8 @@ def _slope(counted: Footprint) -> float:
     return max(slope for _, slope in counted.lines)
 
 
-def _longest(counted: Footprint, fixed: float, card: int) -> str:
-    longest = counted.longest(card * 1e9 - fixed)
+def _longest(counted: Footprint, fixed: float, card: int, shared: int) -> str:
+    longest = counted.longest(card * 1e9 - fixed) * shared
     return f"{longest:>12,}" if longest else f"{'none':>12}"
 
 
