@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 from text_corpus import text_recipe, write_documents, write_lm
-from train_corpus import history, losses, weights, write_model
+from train_corpus import history, losses, make, weights, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hico import HicoConfig, HicoForConditionalGeneration, HicoProcessor, cli
 from hico.train import run
 from hico.train.__main__ import main
 from hico.train.checkpoint import is_complete
+from hico.train.plan import prepare
 from hico.train.stage_trainer import StageTrainer
 
 
@@ -207,6 +208,20 @@ def test_text_starts_from_an_lm_or_a_model_of_ours_and_nothing_else(folder):
         run.run_stage(text_recipe(folder, model=str(folder / "tower")))
     with pytest.raises(FileNotFoundError, match="does not exist or holds no config"):
         run.run_stage(text_recipe(folder, model=str(folder / "nothing")))
+
+
+def test_a_chain_goes_on_from_text_with_its_positions(folder):
+    recipe = text_recipe(folder, model=str(folder / "init"), rope_parameters={"rope_theta": 1e8}, max_length=64)
+    planned = prepare(recipe).config
+    common = {"model": str(folder / "init"), "data": [{"json_path": str(folder / "rows.jsonl")}], "max_steps": 1}
+    talk = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "This."}]
+    write(folder, "rows.jsonl", json.dumps({"conversations": talk}) + "\n")
+    answers = make(folder, **common)
+    assert prepare(answers, start=planned).config.text_config.rope_parameters["rope_theta"] == 1e8
+    second = make(folder, **{**common, "model": str(folder / "out/final"), "output_dir": str(folder / "next")})
+    final = run.run_chain([recipe, second])
+    model = HicoForConditionalGeneration.from_pretrained(final)
+    assert model.config.text_config.rope_parameters["rope_theta"] == 1e8
 
 
 def test_keys_of_text_are_errors_elsewhere(folder):
