@@ -98,7 +98,7 @@ def card() -> None:
         weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     fixed = 4.0 * weights
     print(
-        f"\nQwen2-7B shapes on one card of 141 GB: weights and gradients in bfloat16, {fixed / 1e9:.1f} GB, the optimizer"
+        f"\nQwen2-7B shapes on one card of 141 GB: bfloat16 weights and gradients, {fixed / 1e9:.1f} GB, the optimizer"
     )
     print("on the host, checkpointed layers, chunks of 2,048 tokens; attention counted as one that keeps no scores")
     print(f"{'keys':<22} {'bytes a token':>14} {'longest':>12}")
