@@ -19,17 +19,16 @@ from hico.compat import (
     sliding_window,
 )
 from hico.llm_dropout.cache import Held, await_update, check_layers, read_held
+from hico.llm_dropout.call import check_given, read_mask, read_positions, read_spans
 from hico.llm_dropout.merging import average_into, find_targets
 from hico.llm_dropout.policies import DropPolicy
 from hico.llm_dropout.queries import IGNORED_LABEL, QUERY_ROWS
 from hico.llm_dropout.schedule import DropSchedule
 from hico.llm_dropout.scoring import score_tokens
 from hico.llm_dropout.survivors import Survivors
-from hico.ops.dropping import gather_rows, pack_rows, span_ids
+from hico.ops.dropping import gather_rows, pack_rows
 
 POSITIONS = ("renumber", "keep")
-SHORTENED = ("attention_mask", "position_ids", "position_embeddings")
-"""What a decoder hands to its layers for every token, and what a plan knows to shorten."""
 
 
 @dataclass(frozen=True)
@@ -125,25 +124,21 @@ class DropPlan:
                 "otherwise than their rotary embedding; use positions='renumber'",
             )
         self._is_masked = attention_mask is not None
-        self._valid_BM = self._read_mask(attention_mask)
+        self._valid_BM = read_mask(attention_mask, (self._batch, self._num_seen + self._length), self._device)
         self._valid_BS = self._valid_BM[:, self._num_seen :]
         self._layers = [stage.layer for stage in rules.schedule.stages]
         self._held = read_held(cache, self._layers, len(decoder.layers), self._valid_BM)
-        self._answer_BS = None
-        self._survivors = None if visual_mask is None else self._find_survivors(visual_mask, labels)
-        if position_ids is not None and position_ids.ndim != 2:
-            raise ValueError(
-                f"position_ids has shape {tuple(position_ids.shape)}, with more than one position for each token; "
-                "where visual tokens are dropped it must be None or (batch, sequence)"
-            )
-        if position_ids is None:
-            position_ids = torch.arange(self._length, device=self._device)[None] + self._num_seen
-        elif cache is None and attention_mask is None and (position_ids.diff(dim=-1) != 1).any():
-            raise ValueError(
-                "position_ids has gaps or restarts, which transformers reads as packed sequences; visual tokens can "
-                "be dropped from one sample per row only, so unpack the rows"
-            )
-        self._position_ids = position_ids
+        self._position_ids = read_positions(
+            position_ids,
+            self._length,
+            self._device,
+            num_seen=self._num_seen,
+            may_be_packed=cache is None and attention_mask is None,
+        )
+        self._survivors: Survivors | None = None
+        if visual_mask is not None:
+            spans_BS, self._answer_BS = read_spans(visual_mask, labels, self._valid_BS)
+            self._survivors = Survivors(spans_BS, self._valid_BS, scope=rules.scope, seed=rules.seed)
         self._segments = {-1: self._segment(None, None)}
         self._ranks: dict[int, tuple[Tensor, list[int]]] = {}
 
@@ -218,7 +213,7 @@ class DropPlan:
             self._segments[-1].layout = given.get("sequence_layout")
         place = self._place(index)
         if place not in self._segments:
-            self._check_given(layer, given)
+            check_given(layer, given)
             self._segments[place] = self._decide(place, layer, hidden_states, given, cache)
         segment = self._segments[place]
         if index in self._layers:
@@ -321,9 +316,9 @@ class DropPlan:
         return scores_BS, [row for row, number in enumerate(num_queries) if number == 0]
 
     def _query_rows(self, columns_BN: Tensor | None) -> Tensor:
-        valid_BS, text_BS = self._survivors.valid_BS, ~self._survivors.visual_BS
-        marks = [part if part is None else self._of(columns_BN, part) for part in (valid_BS, text_BS, self._answer_BS)]
-        return QUERY_ROWS[self.rules.queries](*marks)
+        marks = self._valid_BS, self._survivors.groups_BS <= 0, self._answer_BS
+        in_segment = [part if part is None else self._of(columns_BN, part) for part in marks]
+        return QUERY_ROWS[self.rules.queries](*in_segment)
 
     # Segments
 
@@ -406,43 +401,3 @@ class DropPlan:
     def _kind(self, layer: int) -> str | None:
         kinds = getattr(self._decoder.config, "layer_types", None)
         return kinds and kinds[layer]
-
-    def _find_survivors(self, visual_mask: Tensor, labels: Tensor | None) -> Survivors:
-        shape = (self._batch, self._length)
-        for name, given in (("visual_mask", visual_mask), ("labels", labels)):
-            if given is not None and tuple(given.shape) != shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(given.shape)} for a call of {shape[0]} rows of {shape[1]} tokens; pass "
-                    "the prompt in one piece (no prefill_chunk_size), with one entry per token"
-                )
-        spans_BS = span_ids(visual_mask).to(self._device)
-        valid_BS = self._valid_BS
-        if labels is not None or (spans_BS < 0).any():
-            self._answer_BS = valid_BS & (spans_BS < 0)
-            if labels is not None:
-                self._answer_BS |= valid_BS & (labels.to(self._device) != IGNORED_LABEL)
-        return Survivors(spans_BS, valid_BS, scope=self.rules.scope, seed=self.rules.seed)
-
-    def _read_mask(self, attention_mask: Any) -> Tensor:
-        """Return ``(B, seen + S)`` bool, True at real tokens."""
-        expected = (self._batch, self._num_seen + self._length)
-        if attention_mask is None:
-            return torch.ones(expected, dtype=torch.bool, device=self._device)
-        if not isinstance(attention_mask, Tensor) or tuple(attention_mask.shape) != expected:
-            seen = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
-            raise ValueError(
-                f"attention_mask is {seen}; where visual tokens are dropped it must be None or {expected}, "
-                "1 for real tokens and 0 for padding"
-            )
-        return attention_mask.to(self._device, torch.bool)
-
-    def _check_given(self, layer: nn.Module, given: dict) -> None:
-        """Check that a decoder hands its layers what a plan replaces, and no other tensor."""
-        missing = [name for name in ("attention_mask", "position_embeddings") if name not in given]
-        if missing:
-            raise UnsupportedDecoder(layer, f"is not given {' or '.join(missing)} by name, so it cannot be shortened")
-        others = [
-            name for name, part in given.items() if name not in SHORTENED and isinstance(part, Tensor) and part.ndim
-        ]
-        if others:
-            raise UnsupportedDecoder(layer, f"is given {', '.join(others)}, which dropping does not know to shorten")

@@ -57,7 +57,6 @@ class Survivors:
 
     def __init__(self, span_ids_BS: Tensor, valid_BS: Tensor, *, scope: str, seed: int):
         self.valid_BS = valid_BS
-        self.visual_BS = (span_ids_BS > 0) & valid_BS
         self.alive_BS = valid_BS.clone()
         valid_cpu = valid_BS.cpu()
         self.num_alive = valid_cpu.sum(1).tolist()
