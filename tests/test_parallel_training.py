@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from test_train_devices import assert_same, fsdp2, launch, needs_deepspeed, zero
-from train_corpus import make, write_corpus
+from train_corpus import make, write_corpus, write_pairs
 
 from hico.train.plan import prepare
 from hico.train.report import dry_run
@@ -76,6 +76,15 @@ def test_two_processes_that_share_packed_rows(folder):
     found = launch(folder, "packed2", processes=2, sequence_parallel=2, **changes)
     assert_same(found, expected)
     assert_counted_once(found, expected)
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_pairs_of_answers(folder):
+    changes = {"objective": "preference", "data": str(write_pairs(folder)), "learning_rate": 1e-3}
+    expected = launch(folder, "pairs1", processes=1, per_device_train_batch_size=4, **changes)
+    found = launch(folder, "pairs2", processes=2, per_device_train_batch_size=4, sequence_parallel=2, **changes)
+    assert_same(found, expected)
+    assert_counted_once(found, expected, ("rewards/margins", "rewards/accuracies"))
 
 
 @pytest.mark.slow
