@@ -185,6 +185,22 @@ def test_logits_never_exist_for_whole_rows(pairs, monkeypatch):
     assert sorted(set(sizes))[:-1][-1] <= 5
 
 
+@pytest.mark.parametrize("changes", [{}, LORA])
+def test_keys_that_save_memory_change_no_reward(pairs, changes):
+    saving = {"loss_chunk": 5, "mlp_chunk": 16, "gradient_checkpointing": True}
+    found = []
+    for more in ({}, saving):
+        trainer = trainer_for(recipe_for(pairs, **changes, **more))
+        disturb(trainer.model)
+        losses, rewards = compared(trainer)
+        losses.sum().backward()
+        found.append((losses, rewards, [p.grad for p in trainer.model.parameters() if p.grad is not None]))
+    (losses, rewards, gradients), (again, other, same) = found
+    torch.testing.assert_close(again, losses)
+    assert other == pytest.approx(rewards, rel=1e-4, abs=1e-6)
+    torch.testing.assert_close(same, gradients, rtol=1e-4, atol=1e-6)
+
+
 # The reference ----------------------------------------------------------------------------------------------------
 
 
