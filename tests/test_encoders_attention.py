@@ -6,6 +6,7 @@ from test_encoders import build, clips_for, every_encoder
 
 from hico.encoders.base import VisionEncoder
 from hico.ops import dropping
+from hico.registry import ENCODERS
 
 
 @every_encoder
@@ -74,6 +75,27 @@ def test_gradients_reach_the_encoder_with_and_without_checkpointing(name):
         grads.append([parameter.grad.clone() for parameter in encoder.parameters()])
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("settings", [{}, {"qk_norm": True}, {"class_token": False}], ids=str)
+@torch.no_grad()
+def test_attention_of_timm_is_that_of_the_map_written_out(settings):
+    args = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, **settings}
+    encoder = build("timm", model_args=args).eval()
+    attention, maps = encoder.vision_model.blocks[-1].attn, []
+    attention.fused_attn = False
+    attention.attn_drop.register_forward_hook(lambda _, args, output: maps.append(args[0]))
+    clips = clips_for(encoder)
+    _, found, _ = encoder.attend(clips)
+    num_class = encoder.vision_model.num_prefix_tokens
+    expected = (maps[0][:, :, :1] if num_class else maps[0]).mean((1, 2))[:, num_class:]
+    torch.testing.assert_close(found, expected.reshape(found.shape))
+
+
+def test_architectures_of_timm_without_plain_attention_say_so():
+    pytest.importorskip("timm", reason="timm needs a torchvision that fits torch", exc_type=Exception)
+    encoder = ENCODERS.build({"name": "timm", "model": "resnet18", "image_size": 64})
+    assert not encoder.gives_attention
 
 
 def test_a_layer_that_does_not_run_and_an_encoder_without_attention_are_named():

@@ -92,9 +92,9 @@ class VisionEncoder(nn.Module, ABC):
     def attend(self, clips_NTCHW: Tensor, *, layer: int = -1) -> tuple[Tensor, Tensor, Tensor]:
         """Encode clips, and say what was attended to.
 
-        Where there is a class token, its attention counts, otherwise that of all tokens that attend together, on
-        average; heads are averaged. One layer's queries and keys are computed again, and compared in blocks of
-        queries: no map of all tokens is written out.
+        Where there is a class token, which is the first, its attention counts, otherwise that of all tokens that
+        attend together, on average; heads are averaged. One layer's queries and keys are computed again, and compared
+        in blocks of queries: no map of all tokens is written out.
 
         Args:
             clips_NTCHW: ``(N, T, 3, H, W)``, normalised.
@@ -128,7 +128,7 @@ class VisionEncoder(nn.Module, ABC):
             queries_MAXC, keys_MAXC = (rearrange(x, "m x (a c) -> m a x c", a=self.num_heads) for x in seen[0])
             num_rows, _, num_together, width = keys_MAXC.shape
             num_class = num_together - tokens_NLD.shape[:2].numel() // num_rows
-            queries_MAQC = queries_MAXC[:, :, :num_class] if num_class else queries_MAXC
+            queries_MAQC = queries_MAXC[:, :, :1] if num_class else queries_MAXC
             last_MQ = torch.full((num_rows, queries_MAQC.shape[2]), num_together - 1, device=keys_MAXC.device)
             attention_MX = query_row_scores(queries_MAQC, keys_MAXC, last_MQ, scaling=width**-0.5)
             keys_MXC = keys_MAXC.mean(1, dtype=torch.promote_types(keys_MAXC.dtype, torch.float32))

@@ -69,6 +69,19 @@ class TimmEncoder(FrameEncoder):
         features = self.vision_model.forward_features(frames)
         return rearrange(self._as_map(features), "(n t) h w d -> n (t h w) d", t=num_frames)
 
+    def _attentions(self) -> list[nn.Module]:
+        """List those of plain vision transformers whose first token, if it is no patch, is a class token."""
+        from timm.models.vision_transformer import Attention
+
+        model = self.vision_model
+        if getattr(model, "num_prefix_tokens", 0) and getattr(model, "cls_token", None) is None:
+            return []
+        return [m for m in model.modules() if type(m) is Attention and m.num_heads == self.num_heads]
+
+    def _queries_and_keys(self, attention: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        queries, keys, _ = attention.qkv(tokens).unflatten(-1, (3, attention.num_heads, -1)).unbind(-3)
+        return attention.q_norm(queries).flatten(-2), attention.k_norm(keys).flatten(-2)
+
     def _as_map(self, features: Tensor) -> Tensor:
         """Lay out what an architecture returns, tokens or maps, as ``(F, H, W, D)``."""
         if features.ndim == 4:
