@@ -34,6 +34,7 @@ class Case:
         wrap: how data parallelism is done.
         drop: schedule of visual dropout.
         drop_options: of `set_drop_schedule`.
+        video: video compressor that keeps up to all tokens, or whose placeholders the settings of the batch count.
         checkpointing: recompute layers in the backward pass.
         settings: of the batch.
     """
@@ -45,6 +46,7 @@ class Case:
     wrap: str | None = None
     drop: str | None = None
     drop_options: dict = field(default_factory=dict)
+    video: dict | None = None
     checkpointing: bool = False
     settings: dict = field(default_factory=dict)
 
@@ -70,15 +72,15 @@ def build(case: Case) -> HicoForConditionalGeneration:
     model = HicoForConditionalGeneration(config).train()
     if case.drop:
         model.set_drop_schedule(case.drop, **case.drop_options)
+    model.set_video_compressor(case.video)
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
-def videos(seed: int, *, text=(7, 5, 4), clips=(3, 1), side: str | None = None) -> dict:
+def videos(seed: int, *, text=(7, 5, 4), clips=(3, 1), side: str | None = None, per_clip: int = 8) -> dict:
     """One row, or two of which one is padded: text and videos in turn, the end of the text is learned."""
     generator = torch.Generator().manual_seed(seed)
-    per_clip = 8
     rows = []
     for number in range(1 if side is None else 2):
         parts = [torch.randint(1, 60, (text[0] + number,), generator=generator)]

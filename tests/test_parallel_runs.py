@@ -15,6 +15,10 @@ CASES = {
         "uniform": Case(heads=(7, 1), drop="uniform@1:0.6,uniform@2:0.2", settings=LONG),
         "attention": Case(ulysses=1, drop="attention@1:0.6,attention@2:0.2", settings=LONG),
         "layer_before": Case(heads=(4, 2), drop="fastv@1:0.6,attention@2:0.2:previous", settings=LONG),
+        "video": Case(heads=(7, 1), video={"name": "visionzip", "keep_ratio": 0.5}, settings={"per_clip": 4, **LONG}),
+        "video_by_content": Case(
+            video={"name": "dtd", "threshold": 0.99}, drop="attention@1:0.6", settings={"side": "left", **LONG}
+        ),
     },
     4: {
         "ring": Case(heads=(7, 1), checkpointing=True),
