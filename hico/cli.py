@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="hico", description="Hierarchical compression of long video.")
     parser.add_argument("--version", action="version", version=f"hico {hico.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for add in (_add_chat, _add_demo, _add_convert, _add_inspect, _add_plan, _add_bench, _add_merge_lora):
+    for add in (_add_chat, _add_demo, _add_convert, _add_inspect, _add_niah, _add_plan, _add_bench, _add_merge_lora):
         add(commands)
     for command in commands.choices.values():
         command.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="import yours first")
@@ -83,6 +83,13 @@ def _add_plan(commands) -> None:
 
     about = "Print operations, KV cache and memory of a model at so many frames, by arithmetic: nothing is run."
     plan.add_arguments(commands.add_parser("plan", help="what a model costs at so many frames", description=about))
+
+
+def _add_niah(commands) -> None:
+    from hico.eval import niah
+
+    parser = commands.add_parser("niah", help="find a needle in a long context, by length and depth")
+    niah.add_arguments(parser)
 
 
 def _add_bench(commands) -> None:
@@ -189,16 +196,10 @@ def load(model: str, *, device: str | None = None, dtype: str | None = None):
     """
     import torch
 
+    from hico.eval.models import device_and_dtype
     from hico.tokenizer import byte_tokenizer
 
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without CUDA
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"--device {device} cannot be used ({reason}); take another one, such as cpu") from error
-    dtype = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
+    device, dtype = device_and_dtype(device, dtype)
     if model == "tiny":
         config = hico.HicoConfig.preset("tiny")
         with torch.random.fork_rng(devices=[]):

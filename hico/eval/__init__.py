@@ -1,0 +1,1 @@
+"""How models are measured: needles in haystacks, and what measurements share (results, heatmaps, scoring)."""
