@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from hico.grids import IMAGE_LAYOUTS, ImageLayout
 from hico.llm_dropout import DropSchedule
 from hico.published import is_published, translate, what_it_is
 from hico.registry import COMPRESSORS, ENCODERS, VIDEO_COMPRESSORS, Registry
@@ -94,7 +95,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "image_layout": "tiles",
     },
 }
-IMAGE_LAYOUTS = ("mosaic", "tiles", "flat")
 _CALLER_KEYS = ("attn_implementation", "_attn_implementation", "transformers_weights")
 """What transformers reads here names code to download and run, or files that nobody checked; a file may not say it."""
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -114,7 +114,9 @@ class HicoConfig(PreTrainedConfig):
         projector_first: project tokens before compressing them, as LongVA does.
         image_layout: order of the tokens of a tiled image. ``"mosaic"``: thumbnail, then one map across all tiles
             (VideoChat-Flash). ``"tiles"``: tile after tile, without the thumbnail (LongVA's UniRes). ``"flat"``:
-            thumbnail, then tile after tile, none of them compressed (LongVA's other merge type).
+            thumbnail, then tile after tile, none of them compressed (LongVA's other merge type). ``"anyres"``:
+            thumbnail, then one map across all tiles, none of them compressed: an image is then no longer like a video,
+            which is what LongVA holds UniRes against.
         video_token_id: placeholder of a visual token of a video; may lie beyond the vocabulary.
         image_token_id: placeholder of a visual token of an image.
         drop_schedule: progressive visual dropout inside the LLM, see `hico.llm_dropout`; none if omitted.
@@ -304,15 +306,18 @@ class VisionSpec:
         Raises:
             ValueError: if the tokens of a tile do not make the square that a mosaic is laid out of.
         """
-        num_tiles, num_tokens = grid[0] * grid[1], self._num_tokens(1, compress=self.image_layout != "flat")
-        if num_tiles and self.image_layout == "mosaic" and math.isqrt(num_tokens) ** 2 != num_tokens:
+        num_tokens = self._num_tokens(1, compress=self.layout.compresses)
+        if grid != (0, 0) and self.layout.joins_tiles and math.isqrt(num_tokens) ** 2 != num_tokens:
             raise ValueError(
                 f"{num_tokens} tokens per tile are no square, and a mosaic of {grid[0]} x {grid[1]} tiles needs one; "
                 "set tokens_per_image of the compressor to a square, or image_tiling: single in the processor"
             )
-        if num_tiles and self.image_layout != "tiles":
-            num_tiles += 1
-        return max(1, num_tiles) * num_tokens
+        return self.layout.num_tiles(grid) * num_tokens
+
+    @property
+    def layout(self) -> ImageLayout:
+        """The order of a tiled image's tokens."""
+        return IMAGE_LAYOUTS[self.image_layout]
 
     def _num_tokens(self, num_frames: int, *, compress: bool = True) -> int:
         encoder, compressor, _ = self._parts

@@ -1,7 +1,9 @@
 """Grids of tiles for images of any shape: which grid, and in which order its tokens go to the LLM."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -80,3 +82,50 @@ def mosaic_order(tokens_NKD: Tensor, *, rows: int, columns: int) -> Tensor:
             "the tiles must match the grid and their tokens a square"
         )
     return rearrange(tokens_NKD, "(r c) (h w) d -> (r h c w) d", r=rows, c=columns, h=side)
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """Which tokens of a tiled image go to the LLM, and in which order.
+
+    Args:
+        has_thumbnail: the tokens of the whole image come first.
+        joins_tiles: tokens run along the rows of neighbouring tiles, see `mosaic_order`; otherwise tile after tile.
+        compresses: the compressor reduces the tokens of every tile, as it does those of a video's frames.
+        stretches: the image is stretched to fill the grid; otherwise it keeps its shape and is centred on black.
+    """
+
+    has_thumbnail: bool = True
+    joins_tiles: bool = False
+    compresses: bool = True
+    stretches: bool = False
+
+    def num_tiles(self, grid: tuple[int, int]) -> int:
+        """Return how many tiles' tokens an image has; one without a grid, ``(0, 0)``, is one tile."""
+        return max(1, grid[0] * grid[1] + (self.has_thumbnail and grid != (0, 0)))
+
+    def arrange(self, tokens_MKE: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Put the tokens of an image in order.
+
+        Args:
+            tokens_MKE: those of its thumbnail, then of its tiles, row-major.
+            grid: rows and columns of its tiles; ``(0, 0)`` is the thumbnail alone.
+
+        Returns:
+            ``(num_tiles(grid) * K, E)``.
+        """
+        thumbnail, tiles_MKE = tokens_MKE[0], tokens_MKE[1:]
+        if not len(tiles_MKE):
+            return thumbnail
+        rows, columns = grid
+        tiles = mosaic_order(tiles_MKE, rows=rows, columns=columns) if self.joins_tiles else tiles_MKE.flatten(0, 1)
+        return torch.cat([thumbnail, tiles]) if self.has_thumbnail else tiles
+
+
+IMAGE_LAYOUTS = {
+    "mosaic": ImageLayout(joins_tiles=True, stretches=True),
+    "tiles": ImageLayout(has_thumbnail=False),
+    "flat": ImageLayout(compresses=False),
+    "anyres": ImageLayout(joins_tiles=True, compresses=False),
+}
+"""Layouts by name: VideoChat-Flash's; LongVA's UniRes, and its other one; and AnyRes, which UniRes is held against."""

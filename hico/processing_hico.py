@@ -89,7 +89,7 @@ class HicoProcessor(ProcessorMixin):
     @classmethod
     def from_config(cls, config: HicoConfig, tokenizer, **settings: Any) -> "HicoProcessor":
         """Make the processor that goes with a model's configuration."""
-        if config.image_layout != "mosaic":  # as LongVA was trained
+        if not config.vision.layout.stretches:  # as LongVA was trained
             video = {"fit": "crop", **(settings.get("video") or {})}
             settings = {"image_tiling": "unires", "time_message": None, **settings, "video": video}
         return cls(tokenizer, vision=config.vision, **settings)
@@ -401,7 +401,7 @@ class HicoProcessor(ProcessorMixin):
     def _tile(self, images: Sequence[Any]) -> tuple[list[Tensor], list[tuple[int, int]]]:
         tiling = self.image_tiling
         candidates = IMAGE_GRIDS[tiling]() if isinstance(tiling, str) else tiling
-        fit = "stretch" if self.vision.image_layout == "mosaic" else "pad"
+        fit = "stretch" if self.vision.layout.stretches else "pad"
         cut = [cut_tiles(open_image(image), self.vision.image_size, grids=candidates, fit=fit) for image in images]
         return [tiles for tiles, _ in cut], [grid for _, grid in cut]
 

@@ -6,7 +6,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from hico.grids import mosaic_order
+from hico.grids import IMAGE_LAYOUTS
 from hico.parallel import all_gather
 from hico.placeholders import promised_sizes
 from hico.preprocessing import normalize_pixels
@@ -173,22 +173,13 @@ class VisualFeaturesMixin:
         Returns:
             I tensors ``(tokens, E)``.
         """
-        tokens_MKE = self.encode(pixel_values[:, None], compress=self.config.image_layout != "flat")
+        layout = IMAGE_LAYOUTS[self.config.image_layout]
+        tokens_MKE = self.encode(pixel_values[:, None], compress=layout.compresses)
         grids = [(0, 0)] * len(tokens_MKE) if image_grids is None else [tuple(grid) for grid in image_grids.tolist()]
         counts = [1 + rows * columns for rows, columns in grids]
         if sum(counts) != len(tokens_MKE):
             raise ValueError(f"images of {grids} (rows, columns) have {sum(counts)} tiles, not {len(tokens_MKE)}")
-        return [self._arrange(tokens, grid) for tokens, grid in zip(tokens_MKE.split(counts), grids, strict=True)]
-
-    def _arrange(self, tokens_MKE: Tensor, grid: tuple[int, int]) -> Tensor:
-        thumbnail, tiles_MKE = tokens_MKE[0], tokens_MKE[1:]
-        if not len(tiles_MKE):
-            return thumbnail
-        if self.config.image_layout == "flat":
-            return tokens_MKE.flatten(0, 1)
-        if self.config.image_layout == "tiles":
-            return tiles_MKE.flatten(0, 1)
-        return torch.cat([thumbnail, mosaic_order(tiles_MKE, rows=grid[0], columns=grid[1])])
+        return [layout.arrange(tokens, grid) for tokens, grid in zip(tokens_MKE.split(counts), grids, strict=True)]
 
     def embed(
         self,
