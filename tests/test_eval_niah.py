@@ -1,7 +1,10 @@
 """``hico niah text``, as a user meets it."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +14,7 @@ from published import tiny_llm
 from hico.cli import main
 from hico.eval.haystack import read_haystack
 from hico.eval.needles import TextNeedles, sentence_ends
-from hico.eval.niah import KEY, PERPLEXITY_TOKENS, format_table, measure_text, scores_of
+from hico.eval.niah import KEY, PERPLEXITY_TOKENS, format_table, measure_text, scores_of, text_cells
 from hico.eval.results import ResultsFile
 from hico.tokenizer import byte_tokenizer
 
@@ -35,13 +38,13 @@ class Reader(torch.nn.Module):
         return SimpleNamespace(logits=logits)
 
 
-def measure(tmp_path, model, **changes):
+def measure(tmp_path, model):
     tokenizer = byte_tokenizer()
     needles = TextNeedles(tokenizer, sentence_ends(tokenizer), num_distractors=3)
-    grid = {"lengths": [500, 2000], "depths": [0.0, 0.5, 1.0], "samples": 2, **changes}
     haystack = read_haystack(tokenizer, 2000 + PERPLEXITY_TOKENS)
     results = ResultsFile(tmp_path / "results.jsonl", {}, key=KEY)
-    measure_text(model, needles, haystack, results=results, **grid)
+    cells = text_cells([500, 2000], [0.0, 0.5, 1.0])
+    measure_text(model, needles, haystack, cells, samples=2, add=results.add)
     return scores_of(results)
 
 
@@ -148,6 +151,7 @@ def test_a_checkpoint_of_hico_is_tested_by_its_llm(tmp_path):
         (["--model", "/nowhere"], "there is no folder '/nowhere'"),
         (["--haystack", "."], ". holds no .txt or .md files"),
         (["--device", "cuda:77"], "--device cuda:77 cannot be used"),
+        (["--sequence-parallel", "2"], "--sequence-parallel is 2, but there are 1 process(es)"),
     ],
 )
 def test_bad_input_is_one_line(llm_folder, tmp_path, monkeypatch, capsys, words, message):
@@ -163,3 +167,21 @@ def test_beyond_the_positions_on_purpose(llm_folder, tmp_path, capsys):
     words = ["--lengths", "4000,4200", "--depths", "1", "--beyond", "--output", str(tmp_path)]
     assert main(["niah", "text", "--model", str(llm_folder), *SMALL, *words]) == 0
     assert "beyond the trained 4,096 tokens" in capsys.readouterr().out
+
+
+def test_processes_that_share_rows_find_what_one_finds(llm_folder, tmp_path):
+    pytest.importorskip("hico.parallel")
+    command = ["niah", "text", "--model", str(llm_folder), *SMALL]
+    assert main([*command, "--output", str(tmp_path / "one")]) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    shared = [*torchrun, "-m", "hico.cli", *command, "--sequence-parallel", "2", "--output", str(tmp_path / "two")]
+    done = subprocess.run(shared, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("beyond") + done.stdout.count("up to the trained") == 1, "one process speaks"
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "results.jsonl").read_text().splitlines()[1:]]
+        for name in ("one", "two")
+    )
+    for alone, together in zip(one, two, strict=True):
+        assert together.pop("perplexity", 0) == pytest.approx(alone.pop("perplexity", 0), rel=1e-4)
+        assert together == alone

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hico.eval.needles import TextNeedles
-    from hico.eval.results import ResultsFile
 
 PERPLEXITY_TOKENS = 256
 """Tokens whose likelihood is measured behind a context of every length."""
@@ -62,6 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--device", help="cpu, cuda, cuda:1, mps; the best there is if omitted")
     text.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="float32 on CPU, else bfloat16")
     text.add_argument("--attention", metavar="NAME", help="as transformers names it, such as flash_attention_2")
+    text.add_argument(
+        "--sequence-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that share every row, started by torchrun --nproc_per_node N -m hico.cli niah text ...",
+    )
     text.set_defaults(run=run_text)
 
 
@@ -76,10 +82,12 @@ def run_text(args: argparse.Namespace) -> None:
     from hico.eval.haystack import haystack_digest, read_haystack
     from hico.eval.models import device_and_dtype, load_language_model, load_tokenizer, model_digest, num_positions
     from hico.eval.needles import TextNeedles
+    from hico.eval.processes import Processes
     from hico.eval.results import ResultsFile
 
     lengths = [int(length) for length in lengths]
-    device, dtype = device_and_dtype(args.device, args.dtype)
+    processes = Processes(args.sequence_parallel)
+    device, dtype = device_and_dtype(processes.device or args.device, args.dtype)
     tokenizer, known = load_tokenizer(args.model), num_positions(args.model)
     ends = _sentence_ends(args.sentence_ends, tokenizer)
     needles = TextNeedles(tokenizer, ends, num_distractors=args.distractors, seed=args.seed)
@@ -106,8 +114,14 @@ def run_text(args: argparse.Namespace) -> None:
         **{"dtype": str(model.dtype), "attention": model.config.get_text_config()._attn_implementation},
     }
     output = Path(args.output)
-    results = ResultsFile(output / RESULTS, settings, key=KEY, notes=_notes(args, model))
-    measure_text(model, needles, haystack, lengths=lengths, depths=depths, samples=args.samples, results=results)
+    results = (
+        ResultsFile(output / RESULTS, settings, key=KEY, notes=_notes(args, model)) if processes.is_first else None
+    )
+    cells = processes.agree([cell for cell in text_cells(lengths, depths) if not results or cell not in results])
+    with processes.sharing_rows(model):
+        measure_text(model, needles, haystack, cells, samples=args.samples, add=results.add if results else _forget)
+    if not results:
+        return
     trained = args.trained_length or known
     scores, perplexities = scores_of(results)
     from hico.eval.heatmap import draw_heatmap
@@ -118,17 +132,25 @@ def run_text(args: argparse.Namespace) -> None:
     print(f"{output / RESULTS}, {output / HEATMAP}")
 
 
+def text_cells(lengths: Sequence[int], depths: Sequence[float]) -> list[tuple[str, int, float | None]]:
+    """List what is measured, by `KEY`: for every length the perplexity, and a needle at every depth."""
+    return [
+        (test, length, depth)
+        for length in sorted(lengths)
+        for test, depth in [("perplexity", None), *(("needle", depth) for depth in depths)]
+    ]
+
+
 def measure_text(
     model: PreTrainedModel,
     needles: TextNeedles,
     haystack: Sequence[int],
+    cells: Sequence[tuple[str, int, float | None]],
     *,
-    lengths: Sequence[int],
-    depths: Sequence[float],
     samples: int,
-    results: ResultsFile,
+    add: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Measure what a results file lacks, shortest lengths first.
+    """Measure cell by cell.
 
     Beside the needles, the perplexity of the same tokens is measured behind as much of the text before them as every
     length says, so that nothing but the context differs.
@@ -137,37 +159,31 @@ def measure_text(
         model: a causal LM.
         needles: writes the prompts.
         haystack: tokens, `PERPLEXITY_TOKENS` more than the longest length.
-        lengths: tokens of text.
-        depths: of the needle, in [0, 1].
+        cells: see `text_cells`.
         samples: tests of every length and depth.
-        results: with the key `KEY`.
+        add: takes every result, as `hico.eval.results.ResultsFile` does.
     """
     import torch
 
     from hico.eval.scoring import knows_answer, mean_loss
 
     longest = len(haystack) - PERPLEXITY_TOKENS
-    cells = [(length, depth) for length in sorted(lengths) for depth in (None, *depths)]
-    for number, (length, depth) in enumerate(cells, 1):
+    for number, (test, length, depth) in enumerate(cells, 1):
         _show_progress(f"{number}/{len(cells)}: {length:,} tokens")
-        if depth is None:
-            if ("perplexity", length, None) not in results:
-                context = torch.tensor([*needles.begin, *haystack[longest - length : longest]])
-                loss = mean_loss(model, context, torch.tensor(haystack[longest:]))
-                perplexity = math.exp(min(loss, 700.0))
-                results.add({"test": "perplexity", "length": length, "perplexity": perplexity})
-        elif ("needle", length, depth) not in results:
-            found = []
-            for sample in range(samples):
-                prompt, answer = needles.write(haystack[:length], depth=depth, sample=sample)
-                found.append(knows_answer(model, torch.tensor(prompt), torch.tensor(answer)))
-            results.add(
-                {"test": "needle", "length": length, "depth": depth, "score": sum(found) / samples, "found": found}
-            )
+        if test == "perplexity":
+            context = torch.tensor([*needles.begin, *haystack[longest - length : longest]])
+            loss = mean_loss(model, context, torch.tensor(haystack[longest:]))
+            add({"test": test, "length": length, "perplexity": math.exp(min(loss, 700.0))})
+            continue
+        found = []
+        for sample in range(samples):
+            prompt, answer = needles.write(haystack[:length], depth=depth, sample=sample)
+            found.append(knows_answer(model, torch.tensor(prompt), torch.tensor(answer)))
+        add({"test": test, "length": length, "depth": depth, "score": sum(found) / samples, "found": found})
     _show_progress("")
 
 
-def scores_of(results: ResultsFile) -> tuple[dict[tuple[int, float], float], dict[int, float]]:
+def scores_of(results: Iterable[dict[str, Any]]) -> tuple[dict[tuple[int, float], float], dict[int, float]]:
     """Return the share of needles found by length and depth, and the perplexity by length."""
     scores = {(line["length"], line["depth"]): line["score"] for line in results if line["test"] == "needle"}
     return scores, {line["length"]: line["perplexity"] for line in results if line["test"] == "perplexity"}
@@ -255,6 +271,10 @@ def _notes(args: argparse.Namespace, model: PreTrainedModel) -> dict[str, Any]:
     paths = {"model": str(args.model), "haystack": args.haystack or "bundled prose", "device": str(model.device)}
     versions = {module.__name__: module.__version__ for module in (hico, torch, transformers)}
     return {**paths, "versions": versions}
+
+
+def _forget(result: dict[str, Any]) -> None:
+    """Leave a result to the first process."""
 
 
 def _show_progress(text: str) -> None:
