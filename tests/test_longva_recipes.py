@@ -33,6 +33,10 @@ def test_the_image_stages_are_llavas(stage, monkeypatch):
     assert Path(found.arguments["deepspeed"]).is_file()
 
 
+TILES = 2 + 4 + 6 + 8
+"""Of 24 pixels and 4 x 4 patches, in images of 24 x 40 to 96 x 40 pixels."""
+
+
 @pytest.fixture
 def longva(tmp_path):
     """A tiny model in the manner of LongVA, and rows with images of several tiles."""
@@ -52,18 +56,21 @@ def longva(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("stage", PUBLISHED)
-def test_a_tiny_model_learns_images_of_many_tiles_in_both(longva, stage, monkeypatch):
+@pytest.mark.parametrize(
+    ("stage", "layout", "tokens"),
+    [("pretrain", "tiles", 4 * TILES), ("finetune", "tiles", 4 * TILES), ("pretrain", "anyres", 16 * (4 + TILES))],
+)
+def test_a_tiny_model_learns_images_of_many_tiles(longva, stage, layout, tokens, monkeypatch):
     monkeypatch.setenv("DATA_ROOT", str(longva))
     changes = {"model": str(longva / "init"), "output_dir": str(longva / "out"), "global_batch_size": 2}
     changes |= {"data": [{"json_path": str(longva / "rows.json"), "data_root": str(longva)}]}
     changes |= {"use_cpu": True, "bf16": False, "deepspeed": None, "dataloader_num_workers": 0, "report_to": "none"}
     changes |= {"dataloader_persistent_workers": False, "decode_timeout": None, "max_steps": 2, "disable_tqdm": True}
+    changes |= {"model_config": {"image_layout": layout}}
     (recipe,) = load_recipes(RECIPES / f"{stage}.yaml", changes)
     final = run_stage(recipe)
     logged = [entry for entry in history(final) if "loss" in entry]
-    # 24 x 40 to 96 x 40 pixels make 2, 4, 6 and 8 tiles of 24, each of 2 x 2 tokens.
-    assert sum(entry["visual_tokens_per_step"] for entry in logged) == 4 * (2 + 4 + 6 + 8)
+    assert sum(entry["visual_tokens_per_step"] for entry in logged) == tokens
     before, after = (
         dict(HicoForConditionalGeneration.from_pretrained(folder).named_parameters())
         for folder in (longva / "init", final)
