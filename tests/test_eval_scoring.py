@@ -4,29 +4,38 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from hico.eval.heatmap import draw_heatmap
 from hico.eval.results import ResultsFile
 from hico.eval.scoring import answer_logits, knows_answer, mean_loss
 
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "initializer_range": 0.5,
+}
+CAPPED = {"intermediate_size": 16, "num_key_value_heads": 1, "head_dim": 8, "final_logit_softcapping": 2.0}
+
+
+def make_llm(kind, **settings):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**SIZES, **settings)).double().eval()
+
 
 @pytest.fixture(scope="module")
 def llm():
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.5,
-    )
-    return AutoModelForCausalLM.from_config(config).double().eval()
+    return make_llm("qwen2", intermediate_size=16, num_key_value_heads=1)
 
 
-def test_logits_are_those_of_the_answers_positions_in_a_whole_forward(llm):
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("qwen2", {"intermediate_size": 16, "num_key_value_heads": 1}), ("gpt2", {}), ("gemma2", CAPPED)],
+)
+def test_logits_are_those_of_the_answers_positions_in_a_whole_forward(kind, settings):
+    llm = make_llm(kind, **settings)
     prompt, answer = torch.arange(10) % 7, torch.tensor([4, 9, 2])
     logits = answer_logits(llm, prompt, answer)
     whole = llm(input_ids=torch.cat([prompt, answer])[None]).logits[0]

@@ -111,7 +111,7 @@ def run_text(args: argparse.Namespace) -> None:
         "haystack": haystack_digest(haystack),
         **{"lengths": lengths, "depths": depths, "distractors": args.distractors, "samples": args.samples},
         **{"seed": args.seed, "sentence_ends": sorted(ends)},
-        **{"dtype": str(model.dtype), "attention": model.config.get_text_config()._attn_implementation},
+        **{"dtype": str(model.dtype), "attention": args.attention},
     }
     output = Path(args.output)
     results = (
