@@ -17,7 +17,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="hico", description="Hierarchical compression of long video.")
     parser.add_argument("--version", action="version", version=f"hico {hico.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for add in (_add_chat, _add_demo, _add_convert, _add_inspect, _add_niah, _add_plan, _add_bench, _add_merge_lora):
+    for add in (
+        _add_chat,
+        _add_demo,
+        _add_convert,
+        _add_inspect,
+        _add_list,
+        _add_niah,
+        _add_plan,
+        _add_bench,
+        _add_merge_lora,
+    ):
         add(commands)
     for command in commands.choices.values():
         command.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="import yours first")
@@ -76,6 +86,13 @@ def _add_inspect(commands) -> None:
     parser = commands.add_parser("inspect", help="say what a checkpoint is", description=about)
     parser.add_argument("checkpoint", help="a folder, or a file of weights")
     parser.set_defaults(run=_inspect)
+
+
+def _add_list(commands) -> None:
+    parser = commands.add_parser(
+        "list", help="what is registered", description="List the parts that a config can name."
+    )
+    parser.set_defaults(run=_list)
 
 
 def _add_plan(commands) -> None:
@@ -296,6 +313,16 @@ def _merge_lora(args: argparse.Namespace) -> None:
     from hico.train.lora import merge_lora
 
     merge_lora(args.source, args.target)
+
+
+def _list(args: argparse.Namespace) -> None:
+    from hico import registry
+
+    for parts in (registry.ENCODERS, registry.COMPRESSORS, registry.VIDEO_COMPRESSORS, registry.DROP_POLICIES):
+        print(f"{parts.kind}:")
+        width = max(map(len, parts.names()))
+        for name in parts.names():
+            print(f"  {name:{width}}  {(parts.get(name).__doc__ or '').partition(chr(10))[0]}".rstrip())
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ import warnings
 import pytest
 from transformers import GenerationConfig
 
-from hico import HicoForConditionalGeneration
+from hico import HicoForConditionalGeneration, registry
 from hico.cli import load, main
 from hico.demo import write_moving_square
 from hico.session import ANSWER_TOKENS
@@ -160,3 +160,13 @@ def test_bad_input_is_one_line_on_standard_error(arguments, words, clip, capsys)
 def test_help_waits_for_nothing_heavy():
     code = "import sys, hico.cli\ntry: hico.cli.main(['--help'])\nexcept SystemExit: assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_list_names_every_part_in_one_line(capsys):
+    assert main(["list"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    for parts in (registry.ENCODERS, registry.COMPRESSORS, registry.VIDEO_COMPRESSORS, registry.DROP_POLICIES):
+        first = printed.index(f"{parts.kind}:") + 1
+        lines = printed[first : first + len(parts.names())]
+        assert [line.split()[0] for line in lines] == parts.names()
+        assert all(len(line.split()) > 3 for line in lines)
