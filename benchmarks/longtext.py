@@ -17,6 +17,7 @@ from measure import peak_megabytes
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from hico import HicoConfig
+from hico.ops.chunks import sum_over_chunks
 from hico.train.footprint import MemoryKeys, footprint
 from hico.train.lm_head import with_text_loss
 from hico.train.memory import chunk_mlps
@@ -46,19 +47,27 @@ def cpu_seconds(function) -> float:
     return time.process_time() - start
 
 
-def losses(lengths: list[int]) -> None:
-    """Loss of one layer's hidden states in chunks against cross entropy of all logits."""
-    print("\nloss: one narrow layer, vocabulary 32,000; all logits at once against chunks of 512")
+def backward(function, *tensors: torch.Tensor, size: int) -> None:
+    sum_over_chunks(function, *tensors, size=size).backward()
+
+
+def losses(lengths: list[int], vocabulary: int = 16_000) -> None:
+    """The loss of hidden states: in chunks, against cross entropy of all logits."""
+    print(f"\nloss, forward and backward: all logits over {vocabulary:,} words at once, against chunks of 512 tokens")
     print(f"{'tokens':>8} {'at once MB':>11} {'chunks MB':>10} {'less':>6} {'CPU s':>7} {'CPU s':>7} {'time':>6}")
-    sizes = {"intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 32_000}
+    head = torch.nn.Linear(128, vocabulary, bias=False)
+
+    def loss(hidden_nE: torch.Tensor, targets_n: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(head(hidden_nE).float(), targets_n, reduction="sum")
+
     for length in lengths:
-        ways = {"at once": lm(**sizes), "chunks": with_text_loss(lm(**sizes), loss_chunk=512)}
-        memory = {name: peak_megabytes(partial(step, model, length), device="cpu") for name, model in ways.items()}
-        seconds = {name: cpu_seconds(partial(step, model, length)) for name, model in ways.items()}
+        hidden, targets = torch.randn(length, 128, requires_grad=True), torch.randint(vocabulary, (length,))
+        ways = [partial(backward, loss, hidden, targets, size=size) for size in (length, 512)]
+        memory = [peak_megabytes(way, device="cpu") for way in ways]
+        seconds = [cpu_seconds(way) for way in ways]
         print(
-            f"{length:>8,} {memory['at once']:>11,.0f} {memory['chunks']:>10,.0f} "
-            f"{memory['at once'] / memory['chunks']:>5.1f}x {seconds['at once']:>7.1f} {seconds['chunks']:>7.1f} "
-            f"{seconds['chunks'] / seconds['at once']:>5.2f}x",
+            f"{length:>8,} {memory[0]:>11,.0f} {memory[1]:>10,.0f} {memory[0] / memory[1]:>5.1f}x "
+            f"{seconds[0]:>7.1f} {seconds[1]:>7.1f} {seconds[1] / seconds[0]:>5.2f}x",
             flush=True,
         )
 
@@ -98,9 +107,9 @@ def card() -> None:
         weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     fixed = 4.0 * weights
     print(
-        f"\nQwen2-7B shapes on one card of 141 GB: bfloat16 weights and gradients, {fixed / 1e9:.1f} GB, the optimizer"
+        f"\nQwen2-7B shapes on a card of 141 GB: bfloat16 weights and gradients ({fixed / 1e9:.1f} GB), the optimizer"
     )
-    print("on the host, checkpointed layers, chunks of 2,048 tokens; attention counted as one that keeps no scores")
+    print("optimizer on the host, checkpointed layers, chunks of 2,048 tokens; attention that keeps no scores")
     print(f"{'keys':<22} {'bytes a token':>14} {'longest':>12}")
     for name, keys in KEYS.items():
         counted = footprint(config, MemoryKeys(weights=torch.bfloat16, **keys))
