@@ -149,6 +149,7 @@ def run(case: Case, *, processes: int) -> dict:
             loss.backward()
             if step == 0 and output.drop_plan is not None:
                 found["kept"] = output.drop_plan.kept_indices
+            found["trimmed"] = output.trim is not None
             total += loss.detach()
         for name, parameter in model.named_parameters():
             if processes > 1 and case.wrap is None and parameter.grad is not None:
