@@ -2,7 +2,7 @@
 
 A world of few words, in which a frame says as much as a sentence: ``a white circle.`` is four tokens, and so is a
 frame with one. The *needle* is the one figure that has a color, and the question is which. The LLM learns to find
-it in text, short or long; the projector learns on pictures of 4 to 25 tiles what a tile says. Videos, of up to a
+it in text, short or long; the projector learns on pictures of two to nine tiles what a tile says. Videos, of up to a
 thousand frames, are seen by nobody before the exam.
 """
 
@@ -49,8 +49,8 @@ RECIPES = Path(__file__).parents[2] / "train" / "tiny"
 CHAINS = {"unextended": ("longva_unextended.yaml", SHORT), "extended": ("longva.yaml", LONG)}
 """What is compared: a chain, and the longest text that its LLM learned from."""
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-TILES = 2, 5
-"""Fewest and most tiles along a side of a picture: 25 of them and the question fit into `SHORT` tokens."""
+MOST_TILES = 3
+"""Tiles along a side of a picture."""
 _TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] }}"
     "{% else %}{{ '\n' + message['content'] + '\n<|im_end|>' }}{% endif %}{% endfor %}"
@@ -67,7 +67,7 @@ def write_world(
         folder: to be made. ``short.jsonl`` and ``long.jsonl`` hold the texts, ``pictures.jsonl`` the rows of pictures.
         num_texts: short texts, of `SHORT` tokens.
         num_long: long texts, of `LONG` tokens.
-        num_pictures: of 4 to 25 tiles.
+        num_pictures: of two to nine tiles.
         seed: of all chance.
     """
     folder = Path(folder)
@@ -198,7 +198,8 @@ def _frame(rng: np.random.Generator, color: str, shape: str) -> np.ndarray:
 
 
 def _picture(rng: np.random.Generator, folder: Path, number: int) -> dict:
-    rows, columns = rng.integers(TILES[0], TILES[1] + 1, 2).tolist()
+    rows, columns = rng.integers(1, MOST_TILES + 1, 2).tolist()
+    columns += rows * columns == 1  # UniRes would cut a picture of one tile into two halves
     figures = _figures(rng, rows * columns)
     name = f"pictures/{number:05d}.png"
     Image.fromarray(picture(figures, rows, rng)).save(folder / name)
