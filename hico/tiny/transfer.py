@@ -144,13 +144,14 @@ def take_exam(
             results.add({"test": "needle", "length": length, "depth": depth, "score": score, "found": found})
 
 
-def run(folder: str | Path) -> float:
+def run(folder: str | Path, *, seed: int = 0) -> float:
     """Write the world, train both chains, examine what comes of them, and draw heatmaps; prints what it finds.
 
     What a folder holds already is used again.
 
     Args:
         folder: for everything.
+        seed: of texts, pictures, weights, training and exam.
 
     Returns:
         By how much the extended model finds more needles than the other beyond `SHORT` tokens, as a share.
@@ -160,17 +161,17 @@ def run(folder: str | Path) -> float:
     """
     folder, started = Path(folder), time.perf_counter()
     if not (folder / "model" / "config.json").is_file():
-        write_world(folder)
+        write_world(folder, seed=seed)
     os.environ["TINY"] = str(folder)
     beyond = {}
     for name, (recipe, trained) in CHAINS.items():
         if not (RECIPES / recipe).is_file():
             raise FileNotFoundError(f"there is no recipe {RECIPES / recipe}; run from a clone of the repository")
-        final = run_chain(load_recipes(RECIPES / recipe, {"disable_tqdm": True}))
+        final = run_chain(load_recipes(RECIPES / recipe, {"disable_tqdm": True, "seed": seed + 1}))
         model = HicoForConditionalGeneration.from_pretrained(final).eval()
-        settings = {"test": "frames", "model": model_digest(final), "frames": FRAMES, "depths": DEPTHS}
+        settings = {"test": "frames", "model": model_digest(final), "frames": FRAMES, "depths": DEPTHS, "seed": seed}
         results = ResultsFile(folder / name / RESULTS, settings, key=KEY)
-        take_exam(model, HicoProcessor.from_pretrained(final), results)
+        take_exam(model, HicoProcessor.from_pretrained(final), results, seed=seed + 1)
         scores, _ = scores_of(results)
         draw_heatmap(folder / name / HEATMAP, scores, across="frames", trained=trained // TOKENS, title=name)
         print(f"\n{name}\n{format_table(scores, trained=SHORT // TOKENS, across='frames')}")
@@ -262,6 +263,8 @@ def _write_model(folder: Path, *, seed: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m hico.tiny.transfer", description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="where texts, pictures, models and heatmaps go")
+    parser.add_argument("--seed", type=int, default=0, help="of all chance (%(default)s)")
     # Tensors this small gain nothing from more threads, and the data workers want the other core.
     torch.set_num_threads(1)
-    run(parser.parse_args().folder)
+    args = parser.parse_args()
+    run(args.folder, seed=args.seed)
