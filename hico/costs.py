@@ -52,6 +52,8 @@ class Decoder:
     """Of the whole LLM, tied ones once."""
     width: int
     """Of a hidden state, E."""
+    head_width: int
+    """Of an attention head."""
     query_width: int
     """Query heads times width of a head."""
     cache_width: int
@@ -92,9 +94,10 @@ class Decoder:
     def working_bytes(self, length: int, *, bytes_per_value: int) -> int:
         """Count the bytes that are in use at once, beside weights and cache, where a layer takes ``length`` tokens.
 
-        That is inside the MLP: the residual, its normed copy, and the gate, the other branch and their product.
+        That is inside the MLP: what came into the layer, the residual and its normed copy; the gate, the other branch
+        and their product; and the cosines and sines of all positions.
         """
-        return length * (2 * self.width + 3 * self.inner_width) * bytes_per_value
+        return length * (3 * self.width + 3 * self.inner_width + 2 * self.head_width) * bytes_per_value
 
 
 @lru_cache(maxsize=16)
@@ -121,6 +124,7 @@ def _decoder(settings: str, kind: type[PreTrainedConfig]) -> Decoder:
         head_weights=model.get_output_embeddings().weight.numel(),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         width=config.hidden_size,
+        head_width=head_dim,
         query_width=config.num_attention_heads * head_dim,
         cache_width=2 * config.num_key_value_heads * head_dim,
         inner_width=max(m.out_features for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)),
@@ -147,6 +151,8 @@ class Vision:
             first = llm_width if config.projector_first else width
             compressor = build_compressor(config.compressor, encoder, hidden_size=first)
             projector = MLPProjector(width, llm_width)
+            for part in (encoder, compressor, projector):  # the counter follows gradients that nobody takes here
+                part.requires_grad_(False)
             side, counters = encoder.image_size, (FlopCounterMode(display=False), FlopCounterMode(display=False))
             grid = encoder.grid(config.clip_len, side, side)
             with torch.no_grad(), counters[0]:
