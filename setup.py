@@ -31,6 +31,7 @@ EXTRAS = {
     "timm": ["timm>=1.0"],
     "peft": ["peft>=0.15"],
     "tensorboard": ["tensorboard>=2.14"],
+    "submitit": ["submitit>=1.5"],
     "liger": ["liger-kernel>=0.5"],
     "dev": [
         *("peft>=0.15", "trl>=1.0", "pyarrow>=15"),

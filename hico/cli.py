@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _add_inspect,
         _add_list,
         _add_niah,
+        _add_ablate,
         _add_plan,
         _add_bench,
         _add_merge_lora,
@@ -107,6 +108,16 @@ def _add_niah(commands) -> None:
 
     parser = commands.add_parser("niah", help="find a needle in a long context, by length and depth")
     niah.add_arguments(parser)
+
+
+def _add_ablate(commands) -> None:
+    from hico.eval import ablate
+
+    about = (
+        "Measure what ways to spend fewer visual tokens cost and how many questions they answer, on one checkpoint, "
+        "or with --recipe on one trained for each. Every setting changes one thing. What was measured is never run again."
+    )
+    ablate.add_arguments(commands.add_parser("ablate", help="compare ways to reduce tokens", description=about))
 
 
 def _add_bench(commands) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hico.eval.answers import answer_batch, is_right
 from hico.modeling_hico import HicoForConditionalGeneration
 from hico.processing_hico import HicoProcessor
 from hico.video_io import Video, read_video
@@ -29,7 +30,7 @@ class Answered:
 
     @property
     def is_right(self) -> bool:
-        return self.answer == self.truth
+        return is_right(self.answer, self.truth)
 
 
 def read_exam(path: str | Path) -> list[dict[str, Any]]:
@@ -100,7 +101,6 @@ def accuracy_by_question(results: Sequence[Answered]) -> dict[str, float]:
     return {question: accuracy(group) for question, group in groups.items()}
 
 
-@torch.no_grad()
 def _answers(
     model: HicoForConditionalGeneration,
     processor: HicoProcessor,
@@ -111,10 +111,7 @@ def _answers(
         [{"role": "user", "content": [{"type": "video", "path": video}, {"type": "text", "text": question}]}]
         for video, question in zip(videos, questions, strict=True)
     ]
-    inputs = processor.apply_chat_template(conversations, tokenize=True, add_generation_prompt=True)
-    ids = model.generate(**inputs.to(model.device), max_new_tokens=4, do_sample=False)
-    answers = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [answer.strip() for answer in answers]
+    return answer_batch(model, processor, conversations)
 
 
 def _question(row: dict[str, Any]) -> str:
