@@ -115,7 +115,7 @@ def _add_ablate(commands) -> None:
 
     about = (
         "Measure what ways to spend fewer visual tokens cost and how many questions they answer, on one checkpoint, "
-        "or with --recipe on one trained for each. Every setting changes one thing. What was measured is never run again."
+        "or with --recipe on one trained for each. What was measured is not run again."
     )
     ablate.add_arguments(commands.add_parser("ablate", help="compare ways to reduce tokens", description=about))
 

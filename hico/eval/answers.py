@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -111,14 +112,15 @@ def without_pixels(inputs: Any) -> dict[str, Tensor]:
     return {name: value for name, value in inputs.items() if name not in ("pixel_values_videos", "video_num_clips")}
 
 
-def wilson_interval(num_right: int, num_asked: int, *, z: float = 1.96) -> tuple[float, float]:
-    """Return the interval that holds the true share of right answers 19 times out of 20, as Wilson reckons it.
+def wilson_interval(num_right: int, num_asked: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the interval that holds the true share of right answers, as Wilson reckons it.
 
     Args:
         num_right: answers that are right.
         num_asked: of so many, at least 1.
-        z: width in standard deviations.
+        confidence: in how many of all cases it does.
     """
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
     share, scale = num_right / num_asked, 1 + z * z / num_asked
     middle = (share + z * z / (2 * num_asked)) / scale
     half = z * math.sqrt(share * (1 - share) / num_asked + z * z / (4 * num_asked**2)) / scale

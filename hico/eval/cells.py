@@ -117,7 +117,7 @@ def distinct(cells: Sequence[Cell]) -> list[Cell]:
 def baselines(cell: Cell, *, retained: float, tokens_ratio: float) -> list[Cell]:
     """Return the cells that spend a cell's budget without looking: evenly spaced, and at random.
 
-    A video compressor gives way to one that keeps the same share, to a hundredth; the stages of a drop schedule keep
+    A video compressor gives way to one that keeps the same share, to a thousandth; the stages of a drop schedule keep
     their layers and amounts; a clip compressor that leaves fewer tokens than the checkpoint's gives way to the
     checkpoint's own with a video compressor behind it.
 
@@ -145,12 +145,14 @@ def read_part(spec: str | Mapping[str, Any], registry: Registry) -> dict[str, An
     """Read a part with its settings.
 
     Args:
-        spec: a name, ``"name key=value key=value"``, or a mapping with the key ``name``.
+        spec: a name, ``"name key=value key=value"``, or a mapping with the key ``name``, also as YAML in a text.
         registry: that knows the name.
 
     Raises:
         ValueError: if the name is unknown, or a setting is not ``key=value``.
     """
+    if isinstance(spec, str) and spec.startswith("{"):
+        spec = parse_yaml(spec, f"{registry.kind} {spec}")
     if not isinstance(spec, str):
         return named_part(spec, registry)
     name, *words = spec.split()
@@ -168,7 +170,7 @@ def _at_ratios(spec: dict[str, Any], ratios: Sequence[float]) -> list[dict[str, 
 
 
 def _baseline(name: str, ratio: float) -> dict[str, Any] | None:
-    ratio = max(0.01, math.floor(100 * ratio + 0.5) / 100)
+    ratio = max(0.001, math.floor(1000 * ratio + 0.5) / 1000)
     return {"name": name, "keep_ratio": ratio} if ratio < 1 else None
 
 
