@@ -31,6 +31,7 @@ DEFAULT_GRID: dict[str, Any] = {
         "dtd",
         "prunevid",
     ],
+    "compressors": ["token_merge tokens_per_frame=2", "token_merge tokens_per_frame=1"],
     "keep_ratios": [0.5, 0.25, 0.125],
     "drop_schedules": ["attention@1:0.5", "attention@1:0.25", "attention@1:0.125"],
 }

@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from hico.eval.cells import BASELINES, Cell
 
 Row = tuple[Cell, Mapping[str, Any]]
 """A cell and its figures, or its ``error``."""
+COLORS = colormaps["tab20"]
 FIGURES = (
     *("frames", "tokens_per_frame", "deep_tokens_per_frame", "retained", "encode_tflop", "compress_tflop"),
     *("llm_tflop", "decode_s", "encode_s", "compress_s", "prefill_s", "first_token_s", "tokens_per_s", "peak_bytes"),
@@ -73,6 +75,7 @@ def draw_tradeoff(path: str | Path, rows: Sequence[Row], *, title: str = "") -> 
         bars.append([max(0.0, point["high"] - point["accuracy"]) for point in points])
         is_baseline = any(name in method for name in BASELINES)
         look = {"linestyle": "--", "color": "#777777" if "random" in method else "black"} if is_baseline else {}
+        look = look or {"color": COLORS(number % COLORS.N)}
         marker = "*" if method == "uncompressed" else "osv^D<>Px"[number % 9]
         line = panel.errorbar(across, up, yerr=bars, marker=marker, elinewidth=0.5, capsize=2, label=method, **look)
         line[0].set_alpha(0.9)
@@ -80,7 +83,8 @@ def draw_tradeoff(path: str | Path, rows: Sequence[Row], *, title: str = "") -> 
     panel.set_ylabel("accuracy")
     panel.set_title(title, fontsize=10)
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    if lines:
+        panel.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120)
 
 

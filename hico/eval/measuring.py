@@ -209,13 +209,16 @@ def _see(model, processor, question: Question, frames: int | None) -> tuple[Vide
 @contextmanager
 def _encoder_time(model) -> Iterator[list[float]]:
     """Add up the seconds that the encoder takes inside a ``with`` block."""
-    encoder, total = model.model.encoder, [0.0]
+    encoder, total, is_inside = model.model.encoder, [0.0], False
 
     def timed(run):
         def wrapped(*args, **kwargs):
-            started = _now(model)
+            nonlocal is_inside
+            if is_inside:  # one of the two calls the other
+                return run(*args, **kwargs)
+            started, is_inside = _now(model), True
             result = run(*args, **kwargs)
-            total[0] += _now(model) - started
+            total[0], is_inside = total[0] + _now(model) - started, False
             return result
 
         return wrapped
