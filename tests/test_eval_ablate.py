@@ -33,7 +33,8 @@ def corpus(tmp_path_factory):
         "{extends: pretrain, model: init, output_dir: out, data: mix.yaml, use_cpu: true, bf16: false, max_steps: 1, "
         "warmup_steps: 0, gradient_checkpointing: false, image_size: null, global_batch_size: 2, "
         "per_device_train_batch_size: 2, part_learning_rates: {}, min_frames: 8, max_frames: 8, max_length: 2048, "
-        "save_strategy: no, report_to: none, dataloader_num_workers: 0, decode_timeout: null, disable_tqdm: true, seed: 3}\n"
+        "save_strategy: no, report_to: none, dataloader_num_workers: 0, decode_timeout: null, disable_tqdm: true, "
+        "seed: 3}\n"
     )
     write_model(folder / "init")
     return folder
