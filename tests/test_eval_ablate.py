@@ -154,7 +154,7 @@ def test_a_grid_is_read_from_yaml_and_flags_win(corpus, tmp_path):
     assert [line["setting"] for line in lines_of(tmp_path)] == ["8 frames", *["keep_ratio=0.5, 8 frames"] * 3]
 
 
-@pytest.mark.parametrize("cluster", ["debug", "local"])
+@pytest.mark.parametrize("cluster", ["debug", pytest.param("local", marks=pytest.mark.slow)])
 def test_cells_run_as_jobs(corpus, tmp_path, monkeypatch, cluster):
     pytest.importorskip("submitit", reason="jobs need the optional extra submitit")
     assert ablate(corpus, tmp_path, *GRID[:2], "--submit", cluster, "--job", "timeout_min=5") == 0
