@@ -109,6 +109,38 @@ def test_one_held_out_file_holds_the_row_out(tmp_path):
     assert [part.tolist() for part in mixture.split(0.5)] == [[1], [0]]
 
 
+@pytest.mark.parametrize("root", ["", "0"])
+def test_a_video_named_frame_by_frame_is_held_out_as_one(tmp_path, root):
+    """Not once for each of its frames, of which some is nearly always held out; and whichever of them a row names."""
+    by_name, by_folder, some = [], [], []
+    for number in range(40):
+        (tmp_path / root / str(number)).mkdir(parents=True)
+        names = [f"{number}/{frame}.jpg" for frame in range(30)]
+        for frame, name in enumerate(names):
+            (tmp_path / root / name).write_bytes(bytes(100 * number + frame))
+        rows = {"video": names}, {"video": str(number)}, {"video": names[number % 7 :: 3]}
+        for row, taken in zip(rows, (by_name, by_folder, some), strict=True):
+            taken.append({**LLAVA, **row})
+
+    def parts(name, rows):
+        path = write_rows(tmp_path / name, rows)
+        mixture = Mixture([DatasetSpec(json_path=str(path), data_root=str(tmp_path / root))])
+        return [part.tolist() for part in mixture.split(0.2)]
+
+    held_out = parts("by_name.jsonl", by_name)
+    assert 2 < len(held_out[1]) < 16
+    assert parts("by_folder.jsonl", by_folder) == held_out == parts("some.jsonl", some)
+
+
+def test_frames_of_several_videos_in_one_folder_are_told_by_the_first(tmp_path):
+    for number in range(40):
+        (tmp_path / f"{number}.jpg").write_bytes(bytes(number))
+    rows = [{**LLAVA, "video": [f"{number}.jpg", "7.jpg"]} for number in range(40)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    _, held_out = Mixture([DatasetSpec(json_path=str(path), data_root=str(tmp_path))]).split(0.2)
+    assert 2 < len(held_out) < 16
+
+
 def test_a_fraction_that_holds_out_nothing_names_one_that_does(tmp_path):
     mixture = Mixture([videos(tmp_path, 3)])
     with pytest.raises(ValueError, match=r"holds out 0 of 3 rows, .* use one above 0"):

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -45,10 +46,10 @@ class _Dataset:
         parse = parse_pair if self.preferences else parse_row
         return parse(file[index], file, index, root=self.spec.data_root, other_keys=self.spec.other_keys)
 
-    def sources(self, row: int) -> Iterator[Source]:
-        """Yield the files that a row names."""
+    def files_of(self, row: int) -> Iterator[list[Source]]:
+        """Yield the file of every video and image of a row, or the frames."""
         which, index = self.place(row)
-        return self.surveys[which].sources(index, self.spec.data_root)
+        return self.surveys[which].files_of(index, self.spec.data_root)
 
     def facts(self) -> np.ndarray:
         """Return what is known of every row."""
@@ -149,10 +150,14 @@ class Mixture:
         which, place = self.datasets[dataset].place(row)
         return self.datasets[dataset].files[which][place]
 
+    def files_of(self, index: int) -> Iterator[list[Source]]:
+        """Yield the file of every video and image of a row, or the frames that it names, without reading it."""
+        dataset, row = self.rows[index].tolist()
+        return self.datasets[dataset].files_of(row)
+
     def sources(self, index: int) -> Iterator[Source]:
         """Yield the files that a row names, without reading it."""
-        dataset, row = self.rows[index].tolist()
-        return self.datasets[dataset].sources(row)
+        return chain.from_iterable(self.files_of(index))
 
     def spec(self, index: int) -> DatasetSpec:
         """Return the dataset that a row belongs to."""
@@ -167,6 +172,7 @@ class Mixture:
                 "sampling_strategy": dataset.spec.sampling_strategy,
                 "repeat": dataset.spec.repeat,
                 "rows_taken": len(rows),
+                **dataset.spec.video_settings,
             }
             for dataset, rows in zip(self.datasets, self.taken, strict=True)
         ]
@@ -176,20 +182,24 @@ class Mixture:
 
         A file is held out if the digest of its name (without folders) and size is below ``fraction``, whatever the
         seed, the other rows and the stage: so no row of a held-out video is trained on anywhere. A row with any such
-        file is held out; rows of text go by their text.
+        file is held out; rows of text go by their text. A video that is named frame by frame goes by the folder of
+        the first one, as if that were named, or by this frame where ``data_root`` itself is the folder.
 
         Raises:
             ValueError: if no row is held out, or all are.
         """
-        shares: dict[Source, float] = {}
+        shares: dict[tuple[Source, bool], float] = {}
         lowest = np.empty(len(self))
         for index in range(len(self)):
-            sources = list(self.sources(index))
-            for source in sources:
-                if source not in shares:
-                    name = PurePath(getattr(source, "name", source)).name
-                    shares[source] = key_of(f"{name}:{size_of(source)}") / 2**64
-            lowest[index] = min((shares[source] for source in sources), default=self.facts["text_key"][index] / 2**64)
+            videos = [(files[0], len(files) > 1) for files in self.files_of(index)]
+            for source, is_frame in videos:
+                if (source, is_frame) not in shares:
+                    path = PurePath(getattr(source, "name", source))
+                    folder = path.parent
+                    by_folder = is_frame and folder.name and folder != PurePath(self.spec(index).data_root)
+                    named = f"{folder.name}:-1" if by_folder else f"{path.name}:{size_of(source)}"
+                    shares[source, is_frame] = key_of(named) / 2**64
+            lowest[index] = min((shares[video] for video in videos), default=self.facts["text_key"][index] / 2**64)
         held_out = lowest < fraction
         if held_out.all() or not held_out.any():
             raise ValueError(

@@ -36,12 +36,11 @@ class Survey:
     def _ends(self) -> list[int]:
         return [0, *self.rows["names_end"].tolist()]
 
-    def sources(self, row: int, root: str) -> Iterator[Source]:
-        """Yield the files of a row; of a video of single frames, its frames."""
-        for name in (
-            part for joined in self.names[self._ends[row] : self._ends[row + 1]] for part in joined.split("\n")
-        ):
-            yield Blob(name, b"") if name.startswith("\1") else self.file.source(row, name, root)
+    def files_of(self, row: int, root: str) -> Iterator[list[Source]]:
+        """Yield the file of every video and image of a row; of a video of single frames, its frames."""
+        for joined in self.names[self._ends[row] : self._ends[row + 1]]:
+            names = joined.split("\n")
+            yield [Blob(name, b"") if name.startswith("\1") else self.file.source(row, name, root) for name in names]
 
 
 _ROW = [("modality", "i1"), ("text_bytes", "<i4"), ("num_images", "<i4"), ("num_videos", "<i4"), ("seconds", "<f4")]
