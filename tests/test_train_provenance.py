@@ -95,6 +95,20 @@ def test_changed_rows_in_an_unchanged_mixture_are_noticed(folder, caplog):
     assert run.run_stage(recipe) == final
 
 
+def test_frames_of_a_dataset_that_are_read_otherwise_are_noticed(folder):
+    def recipe(**entry):
+        data = [{"json_path": str(folder / "rows.json"), "data_root": str(folder), **entry}]
+        return make(folder, data=data, max_steps=2, save_strategy="steps", save_steps=1)
+
+    final = run.run_stage(recipe(folder_fps=1))
+    assert run.run_stage(recipe(folder_fps=1)) == final
+    with pytest.raises(ValueError, match="is finished, but its rows have changed since"):
+        run.run_stage(recipe(folder_fps=2))
+    shutil.rmtree(final)
+    with pytest.raises(ValueError, match=r"was trained on other data: datasets was .*'folder_fps': 1"):
+        run.run_stage(recipe(folder_fps=2))
+
+
 def test_a_finished_stage_is_left_alone_though_rows_of_its_files_were_malformed(folder):
     rows = json.loads((folder / "rows.json").read_text())
     (folder / "some.json").write_text(json.dumps([*rows, {"conversations": 3}]))

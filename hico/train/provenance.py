@@ -76,12 +76,18 @@ def changes_since_end(final: Path, recipe: Recipe) -> dict[str, str]:
         changed["started_from"] = f"{recipe.model} was trained again since"
     try:
         now = [
-            [spec.sampling_strategy, spec.repeat, [open_rows(path).sha256 for path in expand_path(spec.json_path)]]
+            {
+                "sha256": [open_rows(path).sha256 for path in expand_path(spec.json_path)],
+                "sampling_strategy": spec.sampling_strategy,
+                "repeat": spec.repeat,
+                **spec.video_settings,
+            }
             for spec in read_specs(recipe.data)
         ]
     except FileNotFoundError:  # what is finished needs its data no more
         return changed
-    if now != [[made["sampling_strategy"], made["repeat"], made["sha256"]] for made in before["datasets"]]:
+    made = [{key: each[key] for key in each if key not in ("name", "rows_taken")} for each in before["datasets"]]
+    if now != made:
         changed["datasets"] = "its rows have changed since"
     return changed
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from hico.video_io.index import VideoIndex, build_index
 from hico.video_io.source import Source
 
-LISTS = frozenset({"hls", "dash"})
+LISTS = frozenset({"hls", "dash", "concat"})
 """Containers that are lists of other files, which change on their own."""
 
 MIN_PACKETS = 1000
