@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 from collections import Counter
+from multiprocessing import current_process
 
 import numpy as np
 import pytest
@@ -77,6 +78,13 @@ def test_a_long_file_is_surveyed_in_pieces_as_it_is_in_one(tmp_path, monkeypatch
     assert pieces.facts.tobytes() == whole.facts.tobytes()
     assert [list(pieces.sources(n)) for n in range(len(pieces))] == [list(whole.sources(n)) for n in range(len(whole))]
     assert pieces.datasets[0].surveys[0].reasons == whole.datasets[0].surveys[0].reasons
+
+
+def test_a_long_file_is_surveyed_where_no_process_may_be_started(tmp_path, monkeypatch):
+    """As in a process that a user's own pool has started."""
+    monkeypatch.setattr(survey, "_AT_ONCE", 4)
+    monkeypatch.setitem(current_process()._config, "daemon", True)
+    assert len(Mixture([videos(tmp_path, 12)])) == 12
 
 
 # Held-out rows ----------------------------------------------------------------------------------------------------

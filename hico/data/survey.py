@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import current_process, get_all_start_methods, get_context
 from typing import Any
 
 import numpy as np
@@ -75,7 +75,8 @@ def survey(file: RowFiles, other_keys: Collection[str], *, preferences: bool = F
 def _survey(file: RowFiles, other_keys: Collection[str], parse: Callable[..., Record]) -> dict[str, np.ndarray]:
     parts = [range(start, min(start + _AT_ONCE, len(file))) for start in range(0, len(file), _AT_ONCE)]
     read = partial(_survey_part, file, other_keys, parse)
-    if len(parts) > 1 and "fork" in get_all_start_methods():
+    may_fork = "fork" in get_all_start_methods() and not current_process().daemon
+    if len(parts) > 1 and may_fork:
         with get_context("fork").Pool(min(len(parts), os.cpu_count() or 1)) as pool:
             found = pool.map(read, parts, chunksize=1)
     else:
