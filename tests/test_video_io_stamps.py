@@ -72,6 +72,15 @@ def test_joined_files_give_every_frame_and_times_that_go_on(tmp_path, caplog, su
     check(path, caplog, list(range(60)), np.arange(60) / 24, notes=1, says="its clock starts anew")
 
 
+@pytest.mark.parametrize("suffix", ["mkv", "webm", "flv", "ts"])
+def test_more_than_two_joined_files_give_every_frame(tmp_path, caplog, suffix):
+    settings = {"codec": "libvpx-vp9"} if suffix == "webm" else {"b_frames": 2}
+    parts = [write_video(tmp_path / f"{number}.{suffix}", number, **settings) for number in (30, 20, 40, 25)]
+    path = join(tmp_path / f"joined.{suffix}", *parts)
+    expected = [*range(30), *range(20), *range(40), *range(25)]
+    check(path, caplog, expected, np.arange(115) / 24, notes=1, says="its clock starts anew 3 times")
+
+
 @pytest.mark.parametrize("as_bytes", [False, True])
 def test_joined_flv_files_of_other_sizes_give_every_frame(tmp_path, as_bytes):
     """The second part needs the header of its own encoder, and reads begin behind it."""

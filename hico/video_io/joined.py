@@ -1,4 +1,4 @@
-"""FLV files joined byte by byte: FFmpeg stops at a second header, so it is given the file without it."""
+"""FLV and Matroska files joined byte by byte: FFmpeg stops at later headers, so it is given the file without them."""
 
 import io
 import os
@@ -6,25 +6,27 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO
 
-MARK = b"FLV\x01"
+from hico.video_io.ebml import later_heads
+
+FLV, MATROSKA = b"FLV\x01", b"\x1a\x45\xdf\xa3"
 
 HEADER = re.compile(rb"FLV\x01[\x00-\x05]\x00\x00\x00\x09\x00{4}(?=[\x08\x09\x12])")
-"""The header and the length, 0, of the tag before; a tag of sound, pictures or script follows."""
+"""The header of FLV and the length, 0, of the tag before; a tag of sound, pictures or script follows."""
 
 CHUNK = 1 << 20
 
 
 def without_headers(file: BinaryIO) -> "Spliced | None":
-    """Return a file object over an FLV file that leaves its second and later headers out; None if it has one."""
+    """Return a file object that leaves the second and later headers of a file out; None if it has but one."""
+    end = file.seek(0, os.SEEK_END)
     file.seek(0)
-    if file.read(len(MARK)) != MARK:
-        return None
-    later = list(_later_headers(file))
+    mark = file.read(len(FLV))
+    later = list(_later_headers(file)) if mark == FLV else later_heads(file, end) if mark == MATROSKA else []
     return Spliced(file, later) if later else None
 
 
 def _later_headers(file: BinaryIO) -> Iterator[tuple[int, int]]:
-    """Yield the first and past-the-last byte of the headers behind the first one."""
+    """Yield the first and past-the-last byte of the headers of FLV behind the first one."""
     file.seek(1)
     at, data = 1, b""
     while more := file.read(CHUNK):

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import av
 import av.error
 
-from hico.video_io.flv import without_headers
+from hico.video_io.joined import without_headers
 
 MAX_PIXELS = 1 << 26
 """Pixels of a picture, 8192 x 8192; larger ones are refused, whoever decodes them."""
@@ -157,7 +157,7 @@ class Source:
 def as_source(
     source: str | os.PathLike | bytes | bytearray | memoryview | BinaryIO, *, timeout: float = 30.0
 ) -> Source:
-    """Accept what users call a video; files of FLV that were joined are seen as one.
+    """Accept what users call a video; files of FLV and Matroska that were joined are seen as one.
 
     Args:
         source: path, URL, folder, bytes or file object.
@@ -200,7 +200,7 @@ def _of_file(file: BinaryIO, name: str) -> Source:
 
 
 def _joined(source: Source) -> Source:
-    """Let files of FLV that were joined be seen as one."""
+    """Let files of FLV and Matroska that were joined be seen as one."""
     file = source.local_file()
     spliced = without_headers(file)
     if spliced is not None:

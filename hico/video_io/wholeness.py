@@ -3,7 +3,11 @@
 from operator import itemgetter
 from typing import BinaryIO
 
+from hico.video_io.ebml import CLUSTER, HEADER, SEGMENT, elements
 from hico.video_io.mp4 import boxes
+
+_OUTERMOST = {HEADER, SEGMENT, CLUSTER, 0x1C53BB6B, 0x1254C367, 0x1043A770, 0x1941A469, 0xEC}
+"""And cues, tags, chapters, attachments and gaps."""
 
 
 def is_cut_off(file: BinaryIO, end: int, container: str) -> bool:
@@ -25,27 +29,16 @@ def _mov(file: BinaryIO, end: int) -> bool:
 
 
 def _matroska(file: BinaryIO, end: int) -> bool:
-    """Compare the end of the last segment with the end of the file; a live recording leaves it open."""
-    at = 0
-    while at < end:
-        kind, at = _ebml_number(file, at, keeps_mark=True)
-        size, at = _ebml_number(file, at, keeps_mark=False)
-        if kind not in {0x1A45DFA3, 0x18538067} or size is None:
+    """Compare the end of the last segment with the end of the file; a live recording leaves it open.
+
+    Where files were joined, what is in later segments follows the first one.
+    """
+    for kind, _, _, past in elements(file, 0, end):
+        if kind not in _OUTERMOST or past is None:
             return False
-        at += size
-    return at > end
-
-
-def _ebml_number(file: BinaryIO, at: int, *, keeps_mark: bool) -> tuple[int | None, int]:
-    """Read a number whose leading zeros count its bytes; None where all its bits are set, which stands for unknown."""
-    file.seek(at)
-    data = file.read(8)
-    width = 9 - data[0].bit_length() if data else 1
-    value = int.from_bytes(data[:width], "big")
-    if not keeps_mark:
-        value &= (1 << 7 * width) - 1
-        value = None if value == (1 << 7 * width) - 1 else value
-    return value, at + width
+        if past > end:
+            return True
+    return False
 
 
 def _avi(file: BinaryIO, end: int) -> bool:
