@@ -6,7 +6,7 @@ import pytest
 import torch
 from text_corpus import text_recipe, write_documents, write_lm
 from train_corpus import history, losses, make, weights, write_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from hico import HicoConfig, HicoForConditionalGeneration, HicoProcessor, cli
 from hico.train import run
@@ -154,6 +154,9 @@ def write(folder, name, text):
         ({"rope_parameters": {"rope_theta": 1e4}}, "change nothing"),
         ({"rope_parameters": {"rope_theta": 1e6, "factor": 2.0}}, "sets factor, which has no effect"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 1.5}}, "beyond the 96 positions that rope_type yarn"),
+        ({"rope_parameters": {"rope_theta": -1.0}}, "make positions that are no numbers"),
+        ({"rope_parameters": {"rope_theta": 0.0}}, "make positions that are no numbers"),
+        ({"max_length": 0}, "max_length is 0; it must be at least 2"),
         ({"max_length": 100_000}, "one sequence has 100,000; lower max_length"),
         (
             {"max_frames": 3, "packing": True, "max_tokens_per_batch": 99999},
@@ -222,6 +225,12 @@ def test_a_chain_goes_on_from_text_with_its_positions(folder):
     final = run.run_chain([recipe, second])
     model = HicoForConditionalGeneration.from_pretrained(final)
     assert model.config.text_config.rope_parameters["rope_theta"] == 1e8
+
+
+def test_an_lm_without_rotary_positions_and_grouped_heads_learns_text(folder):
+    write_lm(folder / "gpt2", GPT2Config(vocab_size=320, n_embd=16, n_layer=1, n_head=2, n_positions=128))
+    final = run.run_stage(text_recipe(folder, model=str(folder / "gpt2"), rope_parameters=None, max_steps=1))
+    assert AutoModelForCausalLM.from_pretrained(final).config.max_position_embeddings == 128
 
 
 def test_keys_of_text_are_errors_elsewhere(folder):

@@ -55,7 +55,8 @@ class Processes:
     def _spread(self, model: PreTrainedModel):
         from hico.parallel import make_mesh, patch
 
-        heads = model.config.get_text_config().num_key_value_heads
+        llm = model.config.get_text_config()
+        heads = getattr(llm, "num_key_value_heads", llm.num_attention_heads)
         handle = patch(model, make_mesh(self.size, num_key_value_heads=heads, device_type=model.device.type))
         try:
             yield

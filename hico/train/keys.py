@@ -24,6 +24,7 @@ def check_text(recipe: Any) -> _Faults:
     yield not is_text and own, f"{', '.join(own)} has an effect with objective: text only; leave it out"
     yield is_text and not alone, f"objective text trains the LLM, all of it; trainable is {recipe.trainable}"
     yield is_text and recipe.evaluates, "objective text has no evaluation; leave out eval_fraction and eval_data"
+    yield is_text and recipe.max_length < 2, f"max_length is {recipe.max_length}; it must be at least 2"
     share = recipe.long_share
     yield share is not None and not 0 <= share < 1, f"long_share is {share}; use a share from 0 to below 1"
     yield recipe.long_documents < 1, f"long_documents is {recipe.long_documents}; it must be at least 1"

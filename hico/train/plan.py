@@ -183,7 +183,8 @@ def check_sharing(recipe: Recipe, config: PreTrainedConfig) -> None:
             raise ValueError("ulysses_size divides the processes that share a row; set sequence_parallel too")
         return
     check_config(config)
-    ring_size, _ = split_size(recipe.sequence_parallel, config.num_key_value_heads, recipe.ulysses_size)
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    ring_size, _ = split_size(recipe.sequence_parallel, heads, recipe.ulysses_size)
     if ring_size > 1 and recipe.attn_implementation not in (None, "sdpa"):
         raise ValueError(
             f"attn_implementation {recipe.attn_implementation!r} would do nothing: a ring of {ring_size} processes "

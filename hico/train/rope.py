@@ -29,8 +29,8 @@ def extend_positions(config: PreTrainedConfig, changes: Mapping[str, Any] | None
         A new configuration. With ``changes``, its ``max_position_embeddings`` is at least ``length``.
 
     Raises:
-        ValueError: if the LLM has no rotary positions, a setting is unknown or has no effect, or ``length`` is beyond
-            what its positions allow.
+        ValueError: if the LLM has no rotary positions, a setting is unknown, has no effect or makes no numbers, or
+            ``length`` is beyond what its positions allow.
     """
     limit = getattr(config, "max_position_embeddings", None)
     if not changes:
@@ -47,7 +47,10 @@ def extend_positions(config: PreTrainedConfig, changes: Mapping[str, Any] | None
         raise ValueError(f"rope_parameters change rotary positions, and {config.model_type} has none; leave them out")
     extended = _with(config, _merged(before, changes))
     rotary = _rotary_type(config)
-    if _same(_angles(rotary, config, length), _angles(rotary, extended, length)):
+    angles = _angles(rotary, extended, length)
+    if not all(angle.isfinite().all() for angle in angles):
+        raise ValueError(f"rope_parameters {dict(changes)} make positions that are no numbers; rope_theta is above 0")
+    if _same(_angles(rotary, config, length), angles):
         raise ValueError(f"rope_parameters {dict(changes)} change nothing: the model has {dict(before)}")
     for path in _paths(changes):
         if not _matters(rotary, extended, path, length):

@@ -257,9 +257,10 @@ def make_text_trainer(recipe: Recipe, args: Any, prepared: PreparedText, **commo
     load = load_lm if isinstance(prepared.processor, PreTrainedTokenizerBase) else load_model
     model = load(recipe.model, **options)
     save_memory(with_text_loss(model), recipe)
+    llm = prepared.config.get_text_config()
     mesh = make_mesh(
         recipe.sequence_parallel,
-        num_key_value_heads=prepared.config.get_text_config().num_key_value_heads,
+        num_key_value_heads=getattr(llm, "num_key_value_heads", llm.num_attention_heads),
         ulysses=recipe.ulysses_size,
         device_type=args.device.type,
     )
