@@ -53,7 +53,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["hico", "hico.*"]),
-    package_data={"hico.train": ["stages.yaml"]},
+    package_data={"hico.train": ["stages.yaml"], "hico.view": ["page.html"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["hico=hico.cli:main"]},

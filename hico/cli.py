@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _add_ablate,
         _add_plan,
         _add_bench,
+        _add_view,
         _add_merge_lora,
     ):
         add(commands)
@@ -125,6 +126,22 @@ def _add_bench(commands) -> None:
 
     parser = commands.add_parser("bench", help="measure what a setting costs and saves")
     bench.add_arguments(parser)
+
+
+def _add_view(commands) -> None:
+    about = (
+        "Write a page that shows which patches of a video became which tokens, and which tokens were removed where."
+    )
+    parser = commands.add_parser("view", help="see which tokens of a video are merged and removed", description=about)
+    parser.add_argument("video", help="a video file, a gif, or a folder of images")
+    parser.add_argument("--question", default="What happens?", help="asked about it (%(default)s)")
+    parser.add_argument("--output", default="view.html", metavar="FILE", help="page to write (%(default)s)")
+    parser.add_argument("--schedule", help="drop schedule, such as uniform@4:0.5, or none; the model's if omitted")
+    parser.add_argument("--video-compressor", metavar="NAME", help="for whole videos; the model's if omitted")
+    _add_model_arguments(parser)
+    _add_video_arguments(parser)
+    _add_generation_arguments(parser)
+    parser.set_defaults(run=_view)
 
 
 def _add_merge_lora(commands) -> None:
@@ -311,6 +328,24 @@ def _learn(folder: Path, seed: int) -> int:
         print(f'$ hico chat {video} "{question}" --model {final}\n{answer}', flush=True)
     print(f"{num_right} of {len(story.questions)} answers are right")
     return 0 if has_learned and num_right > len(story.questions) / 2 else 1
+
+
+def _view(args: argparse.Namespace) -> None:
+    from hico.view import check_output, collect, render
+
+    output, chosen = check_output(args.output), video_settings(args)
+    model, processor = load(args.model, device=args.device, dtype=args.dtype)
+    if args.schedule is not None:
+        model.set_drop_schedule(args.schedule, **(model.config.drop_options or {}))
+    if args.video_compressor is not None:
+        model.set_video_compressor(args.video_compressor)
+        processor.vision = model.config.vision
+    settings = generation_settings(args, model.generation_config)
+    facts = collect(model, processor, args.video, args.question, video_settings=chosen, **settings)
+    output.write_text(render(facts), encoding="utf-8")
+    for step in facts.steps:
+        print(f"{step.name:24} {len(step.kept_K):,} tokens")
+    print(f"{facts.answer}\n{output}")
 
 
 def _convert(args: argparse.Namespace) -> None:
