@@ -72,7 +72,7 @@ def collect(
 ) -> Facts:
     """Answer a question about a video, and note what became of its tokens meanwhile.
 
-    Nothing is computed twice or otherwise than for any answer: hooks listen, and are gone afterwards.
+    The video is encoded once and the prompt read once, as for any answer: hooks listen, and are gone afterwards.
 
     Args:
         model: in any dtype, on any device.
