@@ -94,6 +94,20 @@ def test_a_document_without_text_or_domain_names_its_place(tmp_path, row, said):
         tokenize(TextCorpus([entry]), byte_tokenizer())
 
 
+def test_datasets_that_would_be_one_domain_unsaid_are_refused(tmp_path):
+    entries = []
+    for folder in ("books", "web"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text(f"of the {folder}")
+        entries.append({"json_path": str(tmp_path / folder / "*.txt")})
+    with pytest.raises(ValueError, match=r"several datasets .* would be the domain .* give each a name"):
+        TextCorpus(entries)
+    named = TextCorpus([{**entry, "name": "all"} for entry in entries])
+    assert tokenize(named, byte_tokenizer()).names == ["all"]
+    apart = TextCorpus([{**entries[0], "name": "books"}, entries[1]])
+    assert len(tokenize(apart, byte_tokenizer()).names) == 2
+
+
 def test_a_file_that_is_no_text_is_named(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"a.txt is not UTF-8 text"):

@@ -98,7 +98,7 @@ class TextCorpus:
         sampling_strategy: applied to every dataset after its own.
 
     Raises:
-        ValueError: if an entry has an unknown key, or no document is taken.
+        ValueError: if an entry has an unknown key, two would be one domain unsaid, or no document is taken.
         FileNotFoundError: if there is no such file.
     """
 
@@ -108,6 +108,12 @@ class TextCorpus:
         """How they are tokenized and packed, for the manifest."""
         options = {"sampling_strategy": sampling_strategy}
         self.datasets = [Documents(spec, seed=(seed, n), **options) for n, spec in enumerate(read_specs(data))]
+        unnamed = [dataset.name for dataset in self.datasets if not (dataset.spec.name or dataset.spec.domain_key)]
+        if twice := sorted({name for name in unnamed if unnamed.count(name) > 1}):
+            raise ValueError(
+                f"several datasets of {data} would be the domain {twice[0]!r}, after the names of their files, and so "
+                "share its tokens; give each a name (the same one, if they are one domain)"
+            )
         if not sum(map(len, self.datasets)):
             raise ValueError(f"{data} takes no document; change json_path or sampling_strategy")
 
