@@ -46,4 +46,4 @@ def _key(source: Source) -> tuple | None:
     if source.location is None or source.is_remote:
         return None
     found = os.stat(source.location)
-    return source.location, found.st_ino, found.st_size, found.st_mtime_ns
+    return source.location, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
