@@ -7,6 +7,7 @@ import torch
 from test_train_devices import assert_same, fsdp2, launch, needs_deepspeed, zero
 from train_corpus import make, write_corpus, write_pairs
 
+from hico.train import plan
 from hico.train.plan import prepare
 from hico.train.report import dry_run
 
@@ -99,11 +100,17 @@ def test_two_groups_of_two_processes(folder, alone, fsdp2, sharded):
 
 @pytest.mark.slow
 @needs_deepspeed
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2])
 def test_zero_over_processes_that_share_rows(folder, alone, stage):
     changes = {"per_device_train_batch_size": 2, "sequence_parallel": 2, **evaluated(folder)}
     found = launch(folder, f"zero{stage}", processes=4, deepspeed=zero(stage), **changes)
     assert_same(found, alone)
+
+
+def test_weights_that_zero_shards_are_refused_before_the_first_step(folder, monkeypatch):
+    monkeypatch.setattr(plan, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="sequence_parallel cannot be combined with ZeRO-3"):
+        prepare(make(folder, sequence_parallel=2), world_size=4)
 
 
 def test_what_cannot_be_shared_is_refused_before_the_first_step(folder):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from test_train_devices import needs_deepspeed, zero
 from text_corpus import text_recipe, write_documents, write_lm
 from train_corpus import history, losses, make, weights, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
@@ -270,3 +271,14 @@ def test_processes_that_share_text_train_as_one_does(folder, model, changes):
     assert_same(in_processes(folder, "shared", 2, **common, sequence_parallel=2), alone)
     halves = {"gradient_accumulation_steps": 1}
     assert_same(in_processes(folder, "halves", 2, **{**common, **halves}), alone)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_zero3_over_processes_that_share_text(folder):
+    common = {"model": str(folder / "lm"), "loss_chunk": 20, "max_length": 131, "max_steps": 3}
+    alone = in_processes(folder, "zero_alone", 1, **common)
+    found = in_processes(folder, "zero_shared", 2, **common, sequence_parallel=2, deepspeed=zero(3))
+    assert found["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    for name, weight in lm_weights(alone["final"]).items():
+        torch.testing.assert_close(lm_weights(found["final"])[name], weight, rtol=1e-3, atol=1e-3, msg=name)

@@ -182,6 +182,11 @@ def check_sharing(recipe: Recipe, config: PreTrainedConfig) -> None:
         if recipe.ulysses_size is not None:
             raise ValueError("ulysses_size divides the processes that share a row; set sequence_parallel too")
         return
+    if recipe.objective != "text" and is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "sequence_parallel cannot be combined with ZeRO-3 but for objective: text; devices gather weights "
+            "together, and were seen to wait for each other for ever; use ZeRO-2 or FSDP2"
+        )
     check_config(config)
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     ring_size, _ = split_size(recipe.sequence_parallel, heads, recipe.ulysses_size)

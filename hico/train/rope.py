@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig
+from transformers import MODEL_MAPPING, PreTrainedConfig
 
 from hico.compat import takes_layer_type
 from hico.data.fields import nearest_hint
@@ -95,8 +95,9 @@ def _with(config: PreTrainedConfig, rope: Mapping[str, Any]) -> PreTrainedConfig
 
 
 def _rotary_type(config: PreTrainedConfig) -> type[nn.Module]:
+    # The bare class: under ZeRO-3 `from_config` would shard a model that is only asked for its parts.
     with torch.device("meta"):
-        return type(find_decoder(AutoModel.from_config(config))[0].rotary_emb)
+        return type(find_decoder(MODEL_MAPPING[type(config)](config))[0].rotary_emb)
 
 
 def _angles(rotary_type: type[nn.Module], config: PreTrainedConfig, length: int) -> list[Tensor]:
