@@ -42,7 +42,7 @@ test: setup
 
 test-slow: setup
 	@echo "== running the slow tests, those of DeepSpeed too (it needs a C++ compiler)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -e '.[dev,deepspeed,tensorboard]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -e '.[dev,deepspeed,submitit,tensorboard]'
 	@$(BIN)/python -m pytest -m slow
 
 COMPAT := .venv-compat

@@ -170,7 +170,6 @@ def test_beyond_the_positions_on_purpose(llm_folder, tmp_path, capsys):
 
 
 def test_processes_that_share_rows_find_what_one_finds(llm_folder, tmp_path):
-    pytest.importorskip("hico.parallel")
     command = ["niah", "text", "--model", str(llm_folder), *SMALL]
     assert main([*command, "--output", str(tmp_path / "one")]) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

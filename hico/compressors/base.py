@@ -57,7 +57,6 @@ class Compressor(nn.Module, ABC):
 
         Returns:
             ``(N, K, C)``.
-
         """
         raise NotImplementedError  # and `carries` says so
 
